@@ -1,0 +1,35 @@
+"""The model as a graph: loading and saving, normalising, shapes and layers."""
+
+from onnx_kfe.graph._io import (
+    ModelSource,
+    check_output,
+    fingerprint,
+    load,
+    replace_whole,
+    save,
+    serialize,
+    source_name,
+)
+from onnx_kfe.graph._layers import Geometry, Layer, count_macs, count_parameters, find_layers, initializer_array
+from onnx_kfe.graph._normalize import normalize
+from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
+
+__all__ = [
+    "Geometry",
+    "Layer",
+    "ModelSource",
+    "check_output",
+    "concrete_shapes",
+    "count_macs",
+    "count_parameters",
+    "find_layers",
+    "fingerprint",
+    "initializer_array",
+    "load",
+    "nominal_input_shapes",
+    "normalize",
+    "replace_whole",
+    "save",
+    "serialize",
+    "source_name",
+]

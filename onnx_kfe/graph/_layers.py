@@ -1,0 +1,259 @@
+"""The layers of a model: every linear node, its geometry, its cost, and why it cannot be pruned if it cannot."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
+
+__all__ = ["Geometry", "Layer", "count_macs", "count_parameters", "find_layers", "initializer_array"]
+
+_LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a linear layer, all that its cost depends on.
+
+    Attributes:
+        in_channels: Input channels (features), over all groups.
+        out_channels: Output channels (features), over all groups.
+        kernel: Spatial extent of the kernel; empty for Gemm and MatMul.
+        strides: One stride for each spatial axis.
+        groups: Groups of a convolution; 1 otherwise.
+        positions: Output positions T of one sample (spatial extent; leading axes but the batch).
+        input_positions: Input positions of one sample.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    groups: int = 1
+    positions: int = 1
+    input_positions: int = 1
+
+    @property
+    def taps(self) -> int:
+        """Positions of the kernel, 1 for Gemm and MatMul."""
+        return math.prod(self.kernel)
+
+    @property
+    def patch_size(self) -> int:
+        """Length i of a patch of one group: input channels of the group times taps."""
+        return self.in_channels // self.groups * self.taps
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample."""
+        return self.positions * self.out_channels * self.patch_size
+
+    @property
+    def weight_parameters(self) -> int:
+        """Elements of the weight, without bias."""
+        return self.out_channels * self.patch_size
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear node of the graph.
+
+    Attributes:
+        name: Node name, unique in a normalised graph.
+        op_type: Conv, ConvTranspose, Gemm or MatMul.
+        input: Name of the value that the layer reads.
+        output: Name of the value that the layer writes.
+        geometry: Shape and cost; None when the shapes could not be inferred.
+        reason: Why the layer cannot be pruned; None when it can.
+        node: The node itself.
+    """
+
+    name: str
+    op_type: str
+    input: str
+    output: str
+    geometry: Geometry | None
+    reason: str | None
+    node: ir.Node = field(compare=False, repr=False)
+
+    @property
+    def prunable(self) -> bool:
+        """Whether the layer can be replaced by a smaller form."""
+        return self.reason is None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample; 0 when unknown."""
+        return self.geometry.macs if self.geometry else 0
+
+    @property
+    def parameters(self) -> int:
+        """Elements of weight and bias that are constants of this layer."""
+        return sum(
+            math.prod(v.shape.numpy()) for v in self.node.inputs if v is not None and v.is_initializer() and v.shape
+        )
+
+    def weight(self) -> Array:
+        """The weight as ``[groups, out/groups, in/groups, *kernel]``, float64, whatever the node stores."""
+        array = initializer_array(self.node.inputs[1])
+        if self.op_type == "MatMul" or (self.op_type == "Gemm" and not _int(self.node, "transB", 0)):
+            array = array.T
+        if self.op_type == "Gemm":
+            array = array * _float(self.node, "alpha", 1.0)
+        groups = self.geometry.groups if self.geometry else 1
+        return array.reshape(groups, array.shape[0] // groups, *array.shape[1:])
+
+    def bias(self) -> Array | None:
+        """The bias ``[out]`` in float64, None where the node has none."""
+        if len(self.node.inputs) < 3 or self.node.inputs[2] is None:
+            return None
+        array = initializer_array(self.node.inputs[2]).reshape(-1)
+        if self.op_type == "Gemm":
+            array = array * _float(self.node, "beta", 1.0)
+        out = self.geometry.out_channels if self.geometry else array.size
+        return np.broadcast_to(array, (out,)).copy()
+
+
+def initializer_array(value: ir.Value | None) -> Array:
+    """A constant value as a float64 array."""
+    assert value is not None and value.const_value is not None
+    return value.const_value.numpy().astype(np.float64)
+
+
+def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> list[Layer]:
+    """Every linear node of a normalised model, in graph order.
+
+    Args:
+        model: A normalised model.
+        input_shapes: Shapes of inputs with free axes; a dynamic batch counts as 1.
+    """
+    shapes = concrete_shapes(model, nominal_input_shapes(model, input_shapes))
+    weights = Counter(
+        node.inputs[1] for node in model.graph if node.op_type in _LINEAR and node.domain == "" and len(node.inputs) > 1
+    )
+    layers = []
+    for node in model.graph.all_nodes():
+        if node.op_type not in _LINEAR or node.domain != "":
+            continue
+        geometry = _geometry(node, shapes)
+        reason = _reason(node, geometry, model.graph, weights)
+        x, y = node.inputs[0], node.outputs[0]
+        layers.append(
+            Layer(node.name or "", node.op_type, (x.name if x else "") or "", y.name or "", geometry, reason, node)
+        )
+    return layers
+
+
+def _reason(
+    node: ir.Node, geometry: Geometry | None, main: ir.Graph, weights: Mapping[ir.Value | None, int]
+) -> str | None:
+    weight = node.inputs[1]
+    if node.graph is not main:
+        return "inside the body of a control-flow operator"
+    if weight is None or weight.const_value is None:
+        left = node.inputs[0]
+        return (
+            "the constant is the left operand"
+            if left is not None and left.const_value is not None
+            else "no constant weight"
+        )
+    if weight.dtype not in _FLOATS:
+        return f"weight is {weight.dtype}"
+    if weights[weight] > 1:
+        return f"weight '{weight.name}' is shared by {weights[weight]} nodes"
+    if weight.is_graph_output():
+        return "weight is a graph output"
+    if node.op_type == "ConvTranspose":
+        return "ConvTranspose has no smaller form yet"
+    if node.op_type == "Conv" and len(weight.const_value.shape) > 4:
+        return "3-D convolution has no smaller form yet"
+    if node.op_type == "Gemm" and _int(node, "transA", 0):
+        return "Gemm with a transposed input"
+    if node.op_type == "MatMul" and len(weight.const_value.shape) != 2:
+        return f"weight of rank {len(weight.const_value.shape)}"
+    if len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].const_value is None:
+        return "bias is computed in the graph"
+    if node.op_type == "Gemm" and len(node.inputs) > 2 and not _is_vector(node.inputs[2]):
+        return "Gemm whose addend is not a bias vector"
+    if geometry is None:
+        return "shapes unknown: give --input-shape"
+    if geometry.groups > 1 and geometry.groups in (geometry.in_channels, geometry.out_channels):
+        return "depthwise"
+    if min(geometry.out_channels // geometry.groups, geometry.patch_size) < 2:
+        return "too small to factorise"
+    return None
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    if value is None or value.const_value is None:
+        return value is None
+    shape = tuple(value.const_value.shape)
+    return math.prod(shape) == (shape[-1] if shape else 1)
+
+
+def _geometry(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> Geometry | None:
+    names = [value.name if value is not None else None for value in (*node.inputs[:2], node.outputs[0])]
+    if any(name not in shapes for name in names):
+        return None
+    x, w, y = (shapes[name] for name in names if name is not None)
+    if node.op_type == "Conv":
+        return Geometry(
+            in_channels=x[1], out_channels=w[0], kernel=w[2:], strides=_ints(node, "strides", (1,) * len(w[2:])),
+            groups=_int(node, "group", 1), positions=math.prod(y[2:]), input_positions=math.prod(x[2:]),
+        )  # fmt: skip
+    if node.op_type == "ConvTranspose":  # every input position meets every tap, so inputs are the positions that count
+        groups = _int(node, "group", 1)
+        return Geometry(
+            in_channels=x[1], out_channels=w[1] * groups, kernel=w[2:], strides=_ints(node, "strides", (1,) * len(w[2:])),
+            groups=groups, positions=math.prod(x[2:]), input_positions=math.prod(x[2:]),
+        )  # fmt: skip
+    if not x or not y or len(w) < 1:
+        return None
+    features = w[0] if node.op_type == "Gemm" and _int(node, "transB", 0) else w[-1]
+    if node.op_type == "MatMul" and len(w) == 1:
+        features = 1
+    contracted = x[0] if node.op_type == "Gemm" and _int(node, "transA", 0) else x[-1]
+    leading = math.prod(y) // features if features else 0
+    batch = y[0] if len(y) > 1 else 1
+    return Geometry(
+        in_channels=contracted, out_channels=features,
+        positions=leading // max(batch, 1) if len(y) > 2 else 1, input_positions=math.prod(x[1:-1]) if len(x) > 2 else 1,
+    )  # fmt: skip
+
+
+def count_macs(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> int:
+    """Multiply-accumulates of one sample in all convolutions and matrix products, constant weights or not."""
+    return sum(layer.macs for layer in find_layers(model, input_shapes))
+
+
+def count_parameters(model: ir.Model) -> int:
+    """Elements of all floating-point initializers."""
+    return sum(
+        value.const_value.size
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.dtype in _FLOATS
+    )
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None else default
+
+
+def _float(node: ir.Node, name: str, default: float) -> float:
+    attribute = node.attributes.get(name)
+    return attribute.as_float() if attribute is not None else default
+
+
+def _ints(node: ir.Node, name: str, default: Sequence[int]) -> tuple[int, ...]:
+    attribute = node.attributes.get(name)
+    return tuple(attribute.as_ints()) if attribute is not None else tuple(default)

@@ -1,0 +1,120 @@
+"""Bring a model into the form that every later step assumes, without changing what it computes.
+
+BatchNormalization is folded, constants are initializers, weights pass through no Identity, every node has a unique
+name, initializers are no graph inputs, and shapes are inferred with their symbolic dimensions kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from onnx_kfe.errors import KfeError
+from onnx_kfe.graph._io import serialize
+
+__all__ = ["normalize"]
+
+logger = logging.getLogger(__name__)
+
+# Fusing a projection's Add into a batched Gemm wraps it in two Reshapes; merging Q, K and V hides the layers that the
+# user knows; sharing equal initializers would tie layers together that only happen to start alike.
+_SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv", "eliminate_duplicate_initializer"]
+_FOLDING_LIMIT = "256MB"
+
+
+def normalize(model: ir.Model) -> ir.Model:
+    """Return the normalised model; the interface (names, dynamic axes, opset, metadata) is the original's.
+
+    Raises:
+        KfeError: The model is quantised: prune first, then quantise.
+    """
+    _reject_quantized(model)
+    simplified = _simplify(model)
+    passes = ir.passes.Sequential(
+        common.InlinePass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.RemoveInitializersFromInputsPass(),
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.TopologicalSortPass(),
+    )
+    simplified = passes(simplified).model
+    _name_nodes(simplified.graph)
+    _restore_interface(simplified, model)
+    with contextlib.suppress(Exception):  # shapes are a help, not a precondition
+        simplified = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(simplified).model
+    return simplified
+
+
+def _reject_quantized(model: ir.Model) -> None:
+    for node in model.graph.all_nodes():
+        if node.op_type in {"QuantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul"}:
+            raise KfeError(
+                f"the model is quantised (node '{node.name or node.op_type}'): prune the float model first, then quantise it"
+            )
+
+
+def _simplify(model: ir.Model) -> ir.Model:
+    """onnxsim; where it fails, onnxscript's optimizer; where that fails too, the model as it is."""
+    with contextlib.suppress(KfeError):
+        proto = onnx.ModelProto.FromString(serialize(model))
+        try:
+            import onnxsim
+
+            simplified, _ = onnxsim.simplify(
+                proto, skipped_optimizers=_SKIPPED_OPTIMIZERS, tensor_size_threshold=_FOLDING_LIMIT
+            )
+            return ir.from_proto(simplified)
+        except Exception as error:
+            logger.info("onnxsim could not simplify the model (%s); onnxscript's optimizer is used", error)
+    try:
+        import onnxscript.optimizer
+
+        copy = model.clone()
+        onnxscript.optimizer.optimize_ir(copy)
+        return copy
+    except Exception as error:
+        logger.info("onnxscript could not optimize the model (%s); it is used as it is", error)
+        return model.clone()
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Layers are known by node name across files, so every node of the main graph gets a stable, unique one."""
+    seen: set[str] = set()
+    for node in graph:
+        if not node.name or node.name in seen:
+            output = next((value.name for value in node.outputs if value.name), "node")
+            node.name = _unique(f"{node.op_type}_{output}", seen)
+        seen.add(node.name)
+
+
+def _unique(name: str, taken: Iterable[str]) -> str:
+    taken = set(taken)
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def _restore_interface(model: ir.Model, original: ir.Model) -> None:
+    """Put back what simplifiers drop: metadata, documentation and the declared shapes of inputs and outputs."""
+    model.metadata_props.update(original.metadata_props)
+    model.producer_name, model.producer_version = original.producer_name, original.producer_version
+    model.model_version, model.domain = original.model_version, original.domain
+    model.doc_string, model.graph.doc_string = original.doc_string, original.graph.doc_string
+    model.graph.name = original.graph.name
+    declared = {value.name: value for value in (*original.graph.inputs, *original.graph.outputs)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        source = declared.get(value.name)
+        if source is not None:
+            value.type, value.doc_string = source.type, source.doc_string
+            value.shape = source.shape.copy() if source.shape is not None else None
+    expected = [v.name for v in original.graph.outputs]
+    if [v.name for v in model.graph.outputs] != expected:
+        raise KfeError(f"simplifying changed the outputs from {expected}; please report this model")

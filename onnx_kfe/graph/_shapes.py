@@ -1,0 +1,105 @@
+"""Concrete shapes of every value, for counting multiply-accumulates and positions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+
+import onnx
+import onnx_ir as ir
+
+from onnx_kfe.errors import UsageError
+
+__all__ = ["concrete_shapes", "nominal_input_shapes"]
+
+_NOMINAL_IMAGE = 224
+_NOMINAL_SEQUENCE = 128
+_SMALL = 1024  # elements: constants that shape arithmetic may read; larger ones are weights
+
+
+def nominal_input_shapes(
+    model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """One concrete shape for each graph input: a dynamic batch counts as 1, other free axes as given or typical.
+
+    Args:
+        model: The model.
+        input_shapes: Shapes by input name, as of ``--input-shape``.
+
+    Raises:
+        UsageError: A given name or shape does not fit the model.
+    """
+    given = dict(input_shapes or {})
+    shapes = {}
+    for value in model.graph.inputs:
+        if value.is_initializer() or value.shape is None:
+            continue
+        declared = list(value.shape)
+        chosen = given.pop(value.name, None)
+        if chosen is not None and len(chosen) != len(declared):
+            raise UsageError(f"--input-shape {value.name}: the model expects rank {len(declared)}, not {len(chosen)}")
+        for axis, dim in enumerate(declared):
+            if isinstance(dim, int) and chosen is not None and chosen[axis] != dim:
+                raise UsageError(f"--input-shape {value.name}: axis {axis} is fixed at {dim}, not {chosen[axis]}")
+        shapes[value.name] = tuple(chosen) if chosen is not None else tuple(_nominal(declared))
+    if given:
+        raise UsageError(f"--input-shape {next(iter(given))}: no such input; the model has {', '.join(shapes)}")
+    return shapes
+
+
+def _nominal(dims: Sequence[int | ir.SymbolicDim]) -> list[int]:
+    free = _NOMINAL_IMAGE if len(dims) >= 4 else _NOMINAL_SEQUENCE
+    return [dim if isinstance(dim, int) and dim > 0 else (1 if axis == 0 else free) for axis, dim in enumerate(dims)]
+
+
+def concrete_shapes(model: ir.Model, input_shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Infer the shape of every value for the given input shapes; values that stay unknown are left out.
+
+    Args:
+        model: The model; its own shapes stay as they are.
+        input_shapes: A concrete shape for each graph input.
+    """
+    proto = _without_weights(model)
+    for info in proto.graph.input:
+        if info.name in input_shapes:
+            dims = info.type.tensor_type.shape.dim
+            for dim, size in zip(dims, input_shapes[info.name], strict=True):
+                dim.dim_value = size
+    del proto.graph.value_info[:]
+    for info in proto.graph.output:
+        info.type.tensor_type.ClearField("shape")
+    with contextlib.suppress(Exception):
+        proto = onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
+    shapes = _known_shapes(proto)
+    if any(output.name not in shapes for node in model.graph for output in node.outputs):
+        # Shape arithmetic that inference cannot follow folds away once the input shapes are constants.
+        with contextlib.suppress(Exception):
+            import onnxsim
+
+            fixed = {name: list(shape) for name, shape in input_shapes.items()}
+            folded, _ = onnxsim.simplify(ir.to_proto(model), overwrite_input_shapes=fixed, perform_optimization=False)
+            folded = onnx.shape_inference.infer_shapes(folded, data_prop=True)
+            shapes = {**_known_shapes(folded), **shapes}
+    return shapes
+
+
+def _known_shapes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    for info in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
+        tensor = info.type.tensor_type
+        if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+            shapes[info.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
+    return shapes
+
+
+def _without_weights(model: ir.Model) -> onnx.ModelProto:
+    """The model with large initializers turned into inputs, so that inference neither copies nor serialises them."""
+    skeleton = ir.Model(model.graph.clone(), ir_version=model.ir_version, functions=tuple(model.functions.values()))
+    for value in list(skeleton.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is not None and tensor.size > _SMALL:
+            skeleton.graph.initializers.pop(value.name)
+            value.const_value = None
+            value.shape, value.type = ir.Shape(tuple(tensor.shape)), ir.TensorType(tensor.dtype)
+            skeleton.graph.inputs.append(value)
+    return ir.to_proto(skeleton)

@@ -1,0 +1,78 @@
+"""ONNX Runtime sessions: the one place that creates them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnx_kfe.errors import KfeError, UsageError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+__all__ = ["create_session", "default_threads", "import_onnxruntime"]
+
+_ERRORS_ONLY = 3
+
+
+def import_onnxruntime() -> "ort":  # type: ignore[valid-type]
+    """Import ONNX Runtime, or say which extra brings it.
+
+    Raises:
+        KfeError: Neither onnxruntime nor onnxruntime-gpu is installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise KfeError(
+            "ONNX Runtime is not installed: pip install 'onnx-kfe[cpu]' (or 'onnx-kfe[gpu]' for CUDA)"
+        ) from error
+    return onnxruntime
+
+
+def default_threads() -> int:
+    """Number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def create_session(
+    model: bytes | str | Path,
+    *,
+    providers: Sequence[str] = (),
+    threads: int | None = None,
+    optimize: bool = True,
+) -> "ort.InferenceSession":
+    """Create an inference session.
+
+    Args:
+        model: Serialised model, or the path of one (needed when its weights are external).
+        providers: Execution providers in order of preference; CPU when empty.
+        threads: Intra-operator threads; all cores when None.
+        optimize: Whether ONNX Runtime may fuse and relayout the graph.
+
+    Raises:
+        UsageError: A provider is not available here.
+        KfeError: ONNX Runtime is missing or refuses the model.
+    """
+    runtime = import_onnxruntime()
+    available = runtime.get_available_providers()
+    if unknown := [p for p in providers if p not in available]:
+        raise UsageError(
+            f"execution provider {unknown[0]} is not available; --providers can be: {', '.join(available)}"
+        )
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or default_threads()
+    options.log_severity_level = _ERRORS_ONLY
+    if not optimize:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        return runtime.InferenceSession(source, options, providers=list(providers) or ["CPUExecutionProvider"])
+    except Exception as error:
+        raise KfeError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
