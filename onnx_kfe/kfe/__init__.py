@@ -1,0 +1,24 @@
+"""Pure mathematics on float64 arrays: whitening, low-rank and Tucker forms under Kronecker-factored curvature."""
+
+from onnx_kfe.kfe._covariance import Array, centre, channel_covariance, predicted_loss, symmetrize
+from onnx_kfe.kfe._low_rank import TwoFactor, two_factor
+from onnx_kfe.kfe._tucker import InputSubspace, input_directions, input_subspaces, refine_subspace, solve_core
+from onnx_kfe.kfe._whitening import Whitening, damp, whiten
+
+__all__ = [
+    "Array",
+    "InputSubspace",
+    "TwoFactor",
+    "Whitening",
+    "centre",
+    "channel_covariance",
+    "damp",
+    "input_directions",
+    "input_subspaces",
+    "predicted_loss",
+    "refine_subspace",
+    "solve_core",
+    "symmetrize",
+    "two_factor",
+    "whiten",
+]

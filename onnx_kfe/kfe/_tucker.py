@@ -1,0 +1,133 @@
+"""Forms with an input subspace: the core is re-solved under the full patch covariance.
+
+A weight ``W_k`` (one matrix for each tap k) becomes ``core_k @ encoder``: the encoder ``[r, c]`` is a 1x1 convolution
+that every tap shares, the core ``[o, r, *kernel]`` a convolution over r channels. Splitting the core once more gives the
+three-factor chain ``1x1 -> k x k -> 1x1`` (Tucker-2; Kim et al. 2016, and the chain that EigenDamage writes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+
+from onnx_kfe.kfe._covariance import Array, channel_covariance, predicted_loss, symmetrize
+from onnx_kfe.kfe._low_rank import TwoFactor, two_factor
+from onnx_kfe.kfe._whitening import Whitening, damp, whiten
+
+__all__ = ["InputSubspace", "input_directions", "input_subspaces", "refine_subspace", "solve_core"]
+
+_SOLVE_DAMPING = 1e-10  # keeps the normal equations solvable where channels are dead; no effect otherwise
+
+
+@dataclass(frozen=True)
+class InputSubspace:
+    """A weight restricted to an input subspace, with the best core for it.
+
+    Attributes:
+        encoder: ``[r, c]``.
+        core: ``[o, r, *kernel]``.
+        covariance: Patch covariance of the encoded input, ``[r * taps, r * taps]``.
+        loss: Predicted loss in nats per sample of the restriction.
+    """
+
+    encoder: Array
+    core: Array
+    covariance: Array
+    loss: float
+
+    def output_factors(self, output: Whitening) -> TwoFactor:
+        """The best factorisations of the core; their losses add to this one's, the residual being orthogonal to them."""
+        return two_factor(self.core, self.covariance, output)
+
+
+def input_directions(weight: Array, input_factor: Array, output_root: Array, damping: float = 1e-3) -> Array:
+    """Encoders of every rank: the first r rows are the subspace of rank r.
+
+    Left singular vectors of the whitened weight unfolded over input channels, ``A_c^(1/2) W_k^T G^(1/2)`` side by side
+    for all taps, with A_c the channel covariance.
+
+    Args:
+        weight: ``[o, c, *kernel]``.
+        input_factor: A, ``[i, i]``.
+        output_root: ``[o, p]`` with ``G = output_root @ output_root^T``; fewer columns restrict G to a subspace.
+        damping: Relative damping of the channel covariance.
+    """
+    taps = input_factor.shape[0] // weight.shape[1]
+    channels = whiten(channel_covariance(input_factor, taps), damping)
+    by_tap = weight.reshape(weight.shape[0], weight.shape[1], taps)
+    seen = np.tensordot(output_root, by_tap, axes=(0, 0))  # [p, c, taps]
+    gram = np.tensordot(seen, seen, axes=((0, 2), (0, 2)))
+    _, vectors = scipy.linalg.eigh(symmetrize(channels.root @ gram @ channels.root))
+    return vectors[:, ::-1].T @ channels.inverse_root
+
+
+def input_subspaces(
+    weight: Array, input_factor: Array, output_factor: Array, directions: Array, ranks: list[int]
+) -> Iterator[InputSubspace]:
+    """The restriction to the first r directions, with its core, for each of `ranks`.
+
+    Args:
+        weight: ``[o, c, *kernel]``.
+        input_factor: A, ``[i, i]``.
+        output_factor: G, ``[o, o]``.
+        directions: ``[>= max(ranks), c]``, as of `input_directions`.
+        ranks: Ranks wanted.
+    """
+    out, channels = weight.shape[:2]
+    taps = input_factor.shape[0] // channels
+    top = directions[: max(ranks, default=0)]
+    blocks = input_factor.reshape(channels, taps, channels, taps)
+    half = np.tensordot(top, blocks, axes=(1, 0))  # [r, taps, c, taps]
+    inner = np.tensordot(half, top, axes=(2, 1)).transpose(0, 1, 3, 2)  # [r, taps, r, taps]
+    cross = weight.reshape(out, -1) @ half.reshape(len(top) * taps, -1).T  # [o, r * taps]
+    total = predicted_loss(weight, input_factor, output_factor)
+    for rank in ranks:
+        size = rank * taps
+        covariance = symmetrize(inner[:rank, :, :rank].reshape(size, size))
+        core = _solve(covariance, cross[:, :size])
+        explained = 0.5 * float(np.vdot(output_factor @ core, 2 * cross[:, :size] - core @ covariance))
+        shaped = core.reshape(out, rank, *weight.shape[2:])
+        yield InputSubspace(top[:rank], shaped, covariance, max(total - explained, 0.0))
+
+
+def solve_core(weight: Array, input_factor: Array, output_factor: Array, encoder: Array) -> InputSubspace:
+    """The least-squares core for one encoder: ``W A P^T (P A P^T)^(-1)`` with ``P = encoder (x) I``."""
+    return next(input_subspaces(weight, input_factor, output_factor, encoder, [len(encoder)]))
+
+
+def refine_subspace(
+    weight: Array, input_factor: Array, output: Whitening, rank: int, output_rank: int, sweeps: int = 4
+) -> tuple[InputSubspace, TwoFactor]:
+    """Alternate between both subspaces (HOOI, De Lathauwer et al. 2000) while the predicted loss falls.
+
+    Args:
+        weight: ``[o, c, *kernel]``.
+        input_factor: A, ``[i, i]``.
+        output: Whitening of G.
+        rank: Input rank.
+        output_rank: Output rank; o for no factor on the output side.
+        sweeps: At most this many alternations.
+    """
+    output_factor = output.root @ output.root
+    directions = input_directions(weight, input_factor, output.root)
+    best: tuple[InputSubspace, TwoFactor] | None = None
+    least = np.inf
+    for _ in range(sweeps):
+        subspace = solve_core(weight, input_factor, output_factor, directions[:rank])
+        factors = subspace.output_factors(output)
+        loss = subspace.loss + float(factors.losses[min(output_rank, len(factors.losses) - 1)])
+        if best is not None and loss > least * (1 - 1e-3):
+            break
+        best, least = (subspace, factors), loss
+        kept = output.root @ factors.left[:, :output_rank]  # orthonormal: U_r
+        directions = input_directions(weight, input_factor, output.root @ kept)
+    assert best is not None
+    return best
+
+
+def _solve(covariance: Array, cross: Array) -> Array:
+    factor = scipy.linalg.cho_factor(damp(covariance, _SOLVE_DAMPING), lower=True, check_finite=False)
+    return scipy.linalg.cho_solve(factor, cross.T, check_finite=False).T
