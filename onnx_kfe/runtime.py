@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onnx_kfe.errors import KfeError, UsageError
 
@@ -17,7 +17,7 @@ __all__ = ["create_session", "default_threads", "import_onnxruntime"]
 _ERRORS_ONLY = 3
 
 
-def import_onnxruntime() -> "ort":  # type: ignore[valid-type]
+def import_onnxruntime() -> Any:
     """Import ONNX Runtime, or say which extra brings it.
 
     Raises:
@@ -43,7 +43,7 @@ def create_session(
     providers: Sequence[str] = (),
     threads: int | None = None,
     optimize: bool = True,
-) -> "ort.InferenceSession":
+) -> ort.InferenceSession:
     """Create an inference session.
 
     Args:

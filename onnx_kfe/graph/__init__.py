@@ -11,6 +11,7 @@ from onnx_kfe.graph._io import (
     source_name,
 )
 from onnx_kfe.graph._layers import Geometry, Layer, count_macs, count_parameters, find_layers, initializer_array
+from onnx_kfe.graph._network import Network, open_network
 from onnx_kfe.graph._normalize import normalize
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 
@@ -18,6 +19,7 @@ __all__ = [
     "Geometry",
     "Layer",
     "ModelSource",
+    "Network",
     "check_output",
     "concrete_shapes",
     "count_macs",
@@ -28,6 +30,7 @@ __all__ = [
     "load",
     "nominal_input_shapes",
     "normalize",
+    "open_network",
     "replace_whole",
     "save",
     "serialize",

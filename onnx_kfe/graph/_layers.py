@@ -125,7 +125,8 @@ class Layer:
 
 def initializer_array(value: ir.Value | None) -> Array:
     """A constant value as a float64 array."""
-    assert value is not None and value.const_value is not None
+    assert value is not None
+    assert value.const_value is not None
     return value.const_value.numpy().astype(np.float64)
 
 
@@ -136,7 +137,9 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
         model: A normalised model.
         input_shapes: Shapes of inputs with free axes; a dynamic batch counts as 1.
     """
-    shapes = concrete_shapes(model, nominal_input_shapes(model, input_shapes))
+    nominal = nominal_input_shapes(model, input_shapes)
+    shapes = concrete_shapes(model, nominal)
+    batch = next((shape[0] for shape in nominal.values() if shape), 1)
     weights = Counter(
         node.inputs[1] for node in model.graph if node.op_type in _LINEAR and node.domain == "" and len(node.inputs) > 1
     )
@@ -144,7 +147,7 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
     for node in model.graph.all_nodes():
         if node.op_type not in _LINEAR or node.domain != "":
             continue
-        geometry = _geometry(node, shapes)
+        geometry = _geometry(node, shapes, batch)
         reason = _reason(node, geometry, model.graph, weights)
         x, y = node.inputs[0], node.outputs[0]
         layers.append(
@@ -196,38 +199,35 @@ def _reason(
 def _is_vector(value: ir.Value | None) -> bool:
     if value is None or value.const_value is None:
         return value is None
-    shape = tuple(value.const_value.shape)
+    shape = value.const_value.shape.numpy()
     return math.prod(shape) == (shape[-1] if shape else 1)
 
 
-def _geometry(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> Geometry | None:
+def _geometry(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], batch: int) -> Geometry | None:
     names = [value.name if value is not None else None for value in (*node.inputs[:2], node.outputs[0])]
     if any(name not in shapes for name in names):
         return None
     x, w, y = (shapes[name] for name in names if name is not None)
-    if node.op_type == "Conv":
-        return Geometry(
-            in_channels=x[1], out_channels=w[0], kernel=w[2:], strides=_ints(node, "strides", (1,) * len(w[2:])),
-            groups=_int(node, "group", 1), positions=math.prod(y[2:]), input_positions=math.prod(x[2:]),
-        )  # fmt: skip
-    if node.op_type == "ConvTranspose":  # every input position meets every tap, so inputs are the positions that count
-        groups = _int(node, "group", 1)
-        return Geometry(
-            in_channels=x[1], out_channels=w[1] * groups, kernel=w[2:], strides=_ints(node, "strides", (1,) * len(w[2:])),
-            groups=groups, positions=math.prod(x[2:]), input_positions=math.prod(x[2:]),
-        )  # fmt: skip
-    if not x or not y or len(w) < 1:
+    kernel: tuple[int, ...] = ()
+    groups = 1
+    if node.op_type in ("Conv", "ConvTranspose"):
+        kernel, groups = w[2:], _int(node, "group", 1)
+        inputs, outputs = x[1], w[0] if node.op_type == "Conv" else w[1] * groups
+    elif not x or not y:
         return None
-    features = w[0] if node.op_type == "Gemm" and _int(node, "transB", 0) else w[-1]
-    if node.op_type == "MatMul" and len(w) == 1:
-        features = 1
-    contracted = x[0] if node.op_type == "Gemm" and _int(node, "transA", 0) else x[-1]
-    leading = math.prod(y) // features if features else 0
-    batch = y[0] if len(y) > 1 else 1
-    return Geometry(
-        in_channels=contracted, out_channels=features,
-        positions=leading // max(batch, 1) if len(y) > 2 else 1, input_positions=math.prod(x[1:-1]) if len(x) > 2 else 1,
-    )  # fmt: skip
+    else:
+        inputs = x[0] if node.op_type == "Gemm" and _int(node, "transA", 0) else x[-1]
+        outputs = w[0] if node.op_type == "Gemm" and _int(node, "transB", 0) else (w[-1] if len(w) > 1 else 1)
+    strides = _ints(node, "strides", (1,) * len(kernel))
+    before, after = (_positions(shape, channels, batch) for shape, channels in ((x, inputs), (y, outputs)))
+    if node.op_type == "ConvTranspose":  # every input position meets every tap, so those are the positions that count
+        after = before
+    return Geometry(inputs, outputs, kernel, strides, groups, after, before)
+
+
+def _positions(shape: tuple[int, ...], channels: int, batch: int) -> int:
+    total = math.prod(shape) // max(channels, 1)
+    return total // batch if total % batch == 0 else total
 
 
 def count_macs(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> int:

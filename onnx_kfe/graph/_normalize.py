@@ -55,7 +55,7 @@ def _reject_quantized(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         if node.op_type in {"QuantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul"}:
             raise KfeError(
-                f"the model is quantised (node '{node.name or node.op_type}'): prune the float model first, then quantise it"
+                f"the model is quantised (node '{node.name or node.op_type}'): prune the float model, then quantise it"
             )
 
 

@@ -30,18 +30,19 @@ def nominal_input_shapes(
         UsageError: A given name or shape does not fit the model.
     """
     given = dict(input_shapes or {})
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for value in model.graph.inputs:
         if value.is_initializer() or value.shape is None:
             continue
         declared = list(value.shape)
-        chosen = given.pop(value.name, None)
+        name = value.name or ""
+        chosen = given.pop(name, None)
         if chosen is not None and len(chosen) != len(declared):
             raise UsageError(f"--input-shape {value.name}: the model expects rank {len(declared)}, not {len(chosen)}")
         for axis, dim in enumerate(declared):
             if isinstance(dim, int) and chosen is not None and chosen[axis] != dim:
                 raise UsageError(f"--input-shape {value.name}: axis {axis} is fixed at {dim}, not {chosen[axis]}")
-        shapes[value.name] = tuple(chosen) if chosen is not None else tuple(_nominal(declared))
+        shapes[name] = tuple(chosen) if chosen is not None else tuple(_nominal(declared))
     if given:
         raise UsageError(f"--input-shape {next(iter(given))}: no such input; the model has {', '.join(shapes)}")
     return shapes
@@ -98,8 +99,8 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
     for value in list(skeleton.graph.initializers.values()):
         tensor = value.const_value
         if tensor is not None and tensor.size > _SMALL:
-            skeleton.graph.initializers.pop(value.name)
+            skeleton.graph.initializers.pop(value.name or "")
             value.const_value = None
-            value.shape, value.type = ir.Shape(tuple(tensor.shape)), ir.TensorType(tensor.dtype)
+            value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
             skeleton.graph.inputs.append(value)
     return ir.to_proto(skeleton)

@@ -1,8 +1,8 @@
 """Forms with an input subspace: the core is re-solved under the full patch covariance.
 
 A weight ``W_k`` (one matrix for each tap k) becomes ``core_k @ encoder``: the encoder ``[r, c]`` is a 1x1 convolution
-that every tap shares, the core ``[o, r, *kernel]`` a convolution over r channels. Splitting the core once more gives the
-three-factor chain ``1x1 -> k x k -> 1x1`` (Tucker-2; Kim et al. 2016, and the chain that EigenDamage writes).
+that every tap shares, the core ``[o, r, *kernel]`` a convolution over r channels. Splitting the core once more gives
+the three-factor chain ``1x1 -> k x k -> 1x1`` (Tucker-2; Kim et al. 2016, and the chain that EigenDamage writes).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class InputSubspace:
     loss: float
 
     def output_factors(self, output: Whitening) -> TwoFactor:
-        """The best factorisations of the core; their losses add to this one's, the residual being orthogonal to them."""
+        """The best factorisations of the core; their losses add to this one's: the residuals are orthogonal."""
         return two_factor(self.core, self.covariance, output)
 
 
@@ -76,9 +76,11 @@ def input_subspaces(
         directions: ``[>= max(ranks), c]``, as of `input_directions`.
         ranks: Ranks wanted.
     """
+    if not ranks:
+        return
     out, channels = weight.shape[:2]
     taps = input_factor.shape[0] // channels
-    top = directions[: max(ranks, default=0)]
+    top = directions[: max(ranks)]
     blocks = input_factor.reshape(channels, taps, channels, taps)
     half = np.tensordot(top, blocks, axes=(1, 0))  # [r, taps, c, taps]
     inner = np.tensordot(half, top, axes=(2, 1)).transpose(0, 1, 3, 2)  # [r, taps, r, taps]

@@ -28,7 +28,7 @@ class Whitening:
 
 
 def damp(covariance: Array, damping: float) -> Array:
-    """Add `damping` times the mean eigenvalue to the diagonal; relative, so that the units of the loss do not matter."""
+    """Add `damping` times the mean eigenvalue to the diagonal: relative, whatever the units of the loss."""
     size = covariance.shape[-1]
     mean = max(float(np.trace(covariance)) / size, np.finfo(np.float64).tiny)
     return symmetrize(covariance) + damping * mean * np.eye(size)

@@ -39,7 +39,9 @@ def test_whitening_whitens_and_drops_what_is_singular(rng):
     white = whiten(c)
     assert white.rank == 3
     np.testing.assert_allclose(white.root @ white.root, c, atol=1e-12)
-    np.testing.assert_allclose(white.root @ white.inverse_root, scipy.linalg.orth(c) @ scipy.linalg.orth(c).T, atol=1e-6)
+    np.testing.assert_allclose(
+        white.root @ white.inverse_root, scipy.linalg.orth(c) @ scipy.linalg.orth(c).T, atol=1e-6
+    )
 
 
 def test_damping_is_relative(rng):
@@ -91,7 +93,7 @@ def test_centring_is_what_the_best_bias_leaves(rng):
 
 def least_squares_core(weight, a, encoder, taps):
     """Brute force: every core weight a free parameter of one linear least-squares problem."""
-    out, channels = weight.shape[:2]
+    out = len(weight)
     root = scipy.linalg.sqrtm(a).real
     encode = np.kron(encoder, np.eye(taps))
     solution, *_ = np.linalg.lstsq((encode @ root).T, (weight.reshape(out, -1) @ root).T, rcond=None)

@@ -1,0 +1,26 @@
+"""The backward graph: vector-Jacobian products as ONNX nodes in the graph they differentiate.
+
+A rule is one function registered with `vjp`; the modules of this package hold them by family.
+"""
+
+from onnx_kfe.autodiff import (
+    _arithmetic,
+    _convolution,
+    _elementwise,
+    _indexing,
+    _linear,
+    _movement,
+    _nondifferentiable,
+    _normalization,
+    _pooling,
+    _reduction,
+    _resize,
+)
+from onnx_kfe.autodiff._driver import Gradients, append_gradients
+from onnx_kfe.autodiff._emitter import Emitter
+
+__all__ = ["Emitter", "Gradients", "append_gradients"]
+
+# Imported for the rules they register.
+del _arithmetic, _convolution, _elementwise, _indexing, _linear, _movement
+del _nondifferentiable, _normalization, _pooling, _reduction, _resize

@@ -1,0 +1,37 @@
+"""Calibration: data readers, heads, the instrumented graph, collection and the statistics container."""
+
+from onnx_kfe.calibration._batches import Batch, Batches, batches
+from onnx_kfe.calibration._collect import batch_size, collect, input_specs
+from onnx_kfe.calibration._data import Dataset, DataSource, Item, open_dataset
+from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads, sample_noise
+from onnx_kfe.calibration._images import ImageOptions, image_preset
+from onnx_kfe.calibration._inputs import InputSpec, Sample
+from onnx_kfe.calibration._instrument import find_heads
+from onnx_kfe.calibration._statistics import LayerStatistics, Statistics, merge
+from onnx_kfe.calibration._synthetic import synthetic_dataset
+
+__all__ = [
+    "HEAD_KINDS",
+    "Batch",
+    "Batches",
+    "DataSource",
+    "Dataset",
+    "Head",
+    "ImageOptions",
+    "InputSpec",
+    "Item",
+    "LayerStatistics",
+    "Sample",
+    "Statistics",
+    "batch_size",
+    "batches",
+    "collect",
+    "detect_heads",
+    "find_heads",
+    "image_preset",
+    "input_specs",
+    "merge",
+    "open_dataset",
+    "sample_noise",
+    "synthetic_dataset",
+]

@@ -1,0 +1,178 @@
+"""Heads: model outputs with a probability model attached, from which the Fisher samples its targets.
+
+A kind is one entry of `HEAD_KINDS`: the noise it samples with and the cotangent of ``-log p(y_hat | x)`` at the value it
+is differentiated from. Labels are never needed: ``y_hat`` is drawn from the model's own output distribution.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnx_kfe.autodiff import Emitter
+from onnx_kfe.errors import KfeError, UsageError
+
+__all__ = ["HEAD_KINDS", "Head", "HeadKind", "detect_heads", "sample_noise"]
+
+Noise = npt.NDArray[np.float32]
+_CLASS_NAMES = re.compile(r"logit|softmax|prob|class|score|cls|label|pred", re.IGNORECASE)
+_PASS_THROUGH = ("Identity", "Cast", "Squeeze", "Unsqueeze", "Flatten")
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class HeadKind:
+    """A probability model of an output.
+
+    Attributes:
+        noise: Draws the sampling noise from a generator, for a shape.
+        cotangent: Emits ``d(-log p(y_hat))/dv`` from v, the noise, and the head.
+    """
+
+    noise: Callable[[np.random.Generator, tuple[int, ...]], Noise]
+    cotangent: Callable[[Emitter, ir.Value, ir.Value, Head], ir.Value]
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output of the model and its probability model.
+
+    Attributes:
+        output: Name of the graph output.
+        kind: Key of `HEAD_KINDS`.
+        source: Name of the value that is differentiated: the input of a final Softmax or Sigmoid, else the output.
+        axis: Class axis of a categorical head.
+        scale: Standard deviation of the output over the calibration data, by which a Gaussian head is measured.
+    """
+
+    output: str
+    kind: str
+    source: str
+    axis: int = -1
+    scale: float = 1.0
+
+    @property
+    def probabilities(self) -> bool:
+        """Whether the output itself holds probabilities rather than logits."""
+        return self.kind != "gaussian" and self.source != self.output
+
+    def with_scale(self, scale: float) -> Head:
+        """The same head measured in units of `scale`."""
+        return replace(self, scale=scale)
+
+
+def _gumbel(generator: np.random.Generator, shape: tuple[int, ...]) -> Noise:
+    return generator.gumbel(size=shape).astype(np.float32)
+
+
+def _logistic(generator: np.random.Generator, shape: tuple[int, ...]) -> Noise:
+    return generator.logistic(size=shape).astype(np.float32)
+
+
+def _normal(generator: np.random.Generator, shape: tuple[int, ...]) -> Noise:
+    return generator.standard_normal(size=shape, dtype=np.float32)
+
+
+def _categorical_cotangent(emit: Emitter, logits: ir.Value, noise: ir.Value, head: Head) -> ir.Value:
+    """``p - onehot(argmax(logits + gumbel))``."""
+    axis = emit.ints(head.axis)
+    perturbed = emit.op("Add", logits, noise, like=logits)
+    drawn = emit.op("Equal", perturbed, emit.op("ReduceMax", perturbed, axis, keepdims=1), dtype=ir.DataType.BOOL)
+    probabilities = emit.op("Softmax", logits, like=logits, axis=head.axis)
+    return emit.op("Sub", probabilities, emit.op("CastLike", drawn, logits, like=logits), like=logits)
+
+
+def _bernoulli_cotangent(emit: Emitter, logits: ir.Value, noise: ir.Value, head: Head) -> ir.Value:
+    """``sigmoid(logits) - [logits + logistic > 0]``."""
+    drawn = emit.op(
+        "Greater", emit.op("Add", logits, noise, like=logits), emit.number(0.0, logits), dtype=ir.DataType.BOOL
+    )
+    probabilities = emit.op("Sigmoid", logits, like=logits)
+    return emit.op("Sub", probabilities, emit.op("CastLike", drawn, logits, like=logits), like=logits)
+
+
+def _gaussian_cotangent(emit: Emitter, value: ir.Value, noise: ir.Value, head: Head) -> ir.Value:
+    """``(y - y_hat) / sigma^2`` with ``y_hat = y + sigma * noise``; the sign of symmetric noise is free."""
+    return emit.op("Mul", noise, emit.number(1.0 / head.scale, value), like=value)
+
+
+HEAD_KINDS: dict[str, HeadKind] = {
+    "categorical": HeadKind(_gumbel, _categorical_cotangent),
+    "bernoulli": HeadKind(_logistic, _bernoulli_cotangent),
+    "gaussian": HeadKind(_normal, _gaussian_cotangent),
+}
+
+
+def sample_noise(heads: list[Head], shapes: Mapping[str, tuple[int, ...]], seed: int, index: int) -> list[Noise]:
+    """Noise of one sample for every head, a function of (seed, sample index) alone.
+
+    Args:
+        heads: The heads, in order.
+        shapes: Shape of each head's source for one sample, by output name.
+        seed: Seed of the collection.
+        index: Index of the sample in the whole data.
+    """
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
+    return [HEAD_KINDS[head.kind].noise(generator, shapes[head.output]) for head in heads]
+
+
+def detect_heads(graph: ir.Graph, kinds: Mapping[str, str] | None = None) -> list[Head]:
+    """The heads of a graph of opset 13 or later, detected or as the user says.
+
+    An output behind Softmax or LogSoftmax is categorical, behind Sigmoid Bernoulli, a matrix named like logits
+    categorical, anything else Gaussian. Integer outputs carry no gradient and are left out.
+
+    Args:
+        graph: The graph.
+        kinds: Kind by output name, as of ``--head``; ``none`` leaves the output out.
+
+    Raises:
+        UsageError: An unknown output or kind.
+        KfeError: No output can be a head.
+    """
+    kinds = dict(kinds or {})
+    names = [value.name or "" for value in graph.outputs]
+    for name, kind in kinds.items():
+        if name not in names:
+            raise UsageError(f"--head {name}={kind}: no such output; the model has {', '.join(names)}")
+        if kind not in (*HEAD_KINDS, "none"):
+            raise UsageError(f"--head {name}={kind}: the kind must be one of {', '.join(HEAD_KINDS)}, none")
+    heads = []
+    for value in graph.outputs:
+        name = value.name or ""
+        producer = value.producer()
+        if producer is None or kinds.get(name) == "none" or (value.dtype is not None and value.dtype not in _FLOATS):
+            continue
+        heads.append(_head(value, kinds.get(name)))
+    if not heads:
+        raise KfeError(
+            f"no output can carry a loss (outputs: {', '.join(names)}): no floating-point output computed in the graph"
+        )
+    return heads
+
+
+def _head(value: ir.Value, kind: str | None) -> Head:
+    name = value.name or ""
+    activation = _final_activation(value)
+    rank = len(value.shape) if value.shape is not None else 2
+    if activation is not None and activation.op_type in ("Softmax", "LogSoftmax") and kind in (None, "categorical"):
+        axis = activation.attributes.get_int("axis", -1)
+        return Head(name, "categorical", activation.inputs[0].name or "", axis)  # type: ignore[union-attr]
+    if activation is not None and activation.op_type == "Sigmoid" and kind in (None, "bernoulli"):
+        return Head(name, "bernoulli", activation.inputs[0].name or "")  # type: ignore[union-attr]
+    if kind is None:
+        kind = "categorical" if rank == 2 and _CLASS_NAMES.search(name) else "gaussian"
+    return Head(name, kind, name, axis=1 if rank == 4 else -1)
+
+
+def _final_activation(value: ir.Value) -> ir.Node | None:
+    """The node that computes the output, past nodes that only pass values through."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in _PASS_THROUGH and producer.inputs[0] is not None:
+        producer = producer.inputs[0].producer()
+    return producer

@@ -1,0 +1,160 @@
+"""The instrumented graph: forward, backward and covariances in one model, so that only small matrices come out of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from onnx_kfe.autodiff import Emitter, append_gradients
+from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
+from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs
+from onnx_kfe.errors import KfeError
+from onnx_kfe.graph import Layer, Network, serialize
+
+__all__ = ["PHASE_INPUT", "Instrumented", "Probe", "differentiable_copy", "find_heads", "instrument", "noise_input"]
+
+PHASE_INPUT = "kfe/phase"
+_WORKING_OPSET = 21
+_OLDEST_OPSET = 18
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Names of the outputs of the instrumented graph for one layer.
+
+    Attributes:
+        layer: The layer.
+        input_second_moment: ``[groups, taps * c, taps * c]``, tap-major, summed over the positions taken.
+        input_sum: ``[groups, taps * c]``.
+        input_size: Elements of the patches taken.
+        cotangent_second_moment: ``[groups, o, o]``, summed over the positions taken.
+        cotangent_size: Elements of the cotangents taken.
+        output_size: Elements of the layer's output.
+    """
+
+    layer: Layer
+    input_second_moment: str
+    input_sum: str
+    input_size: str
+    cotangent_second_moment: str
+    cotangent_size: str
+    output_size: str
+
+    @property
+    def outputs(self) -> list[str]:
+        """All names, in order."""
+        return [
+            self.input_second_moment, self.input_sum, self.input_size,
+            self.cotangent_second_moment, self.cotangent_size, self.output_size,
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Instrumented:
+    """An instrumented model.
+
+    Attributes:
+        model: Serialised.
+        probes: One for each layer with statistics.
+        skipped: Why there are none, by layer name.
+    """
+
+    model: bytes
+    probes: list[Probe]
+    skipped: dict[str, str]
+
+
+def noise_input(head: Head) -> str:
+    """Name of the graph input that carries the sampling noise of a head."""
+    return f"kfe/noise/{head.output}"
+
+
+def differentiable_copy(model: ir.Model) -> ir.Model:
+    """A private copy at an opset that the gradient rules are written for, with shapes inferred.
+
+    Raises:
+        KfeError: The model cannot be brought to that opset.
+    """
+    opset = model.graph.opset_imports.get("", 1)
+    copy = model.clone()
+    if opset < _OLDEST_OPSET:
+        proto = onnx.ModelProto.FromString(serialize(model))
+        try:
+            copy = ir.from_proto(onnx.version_converter.convert_version(proto, _WORKING_OPSET))
+        except Exception as error:
+            raise KfeError(f"the model's opset {opset} cannot be converted to {_WORKING_OPSET}: {error}") from error
+    return ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy).model
+
+
+def find_heads(network: Network, kinds: Mapping[str, str] | None = None) -> list[Head]:
+    """The heads of a network, see `detect_heads`."""
+    return detect_heads(differentiable_copy(network.model).graph, kinds)
+
+
+def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) -> Instrumented:
+    """Extend a model with its backward pass from sampled targets and the second moments of every layer.
+
+    Args:
+        model: As of `differentiable_copy`; it is changed.
+        layers: Layers to collect for; values are found by name.
+        heads: Heads, with their scales.
+    """
+    graph = model.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    values |= {value.name: value for value in graph.inputs}
+    emit = Emitter(graph, prefix="kfe/")
+    seeds = _seeds(emit, heads, values)
+    found = [layer for layer in layers if layer.output in values and layer.input in values]
+    skipped = {layer.name: "not found after opset conversion" for layer in layers if layer not in found}
+    gradients = append_gradients(graph, seeds, [values[layer.output] for layer in found])
+    phase = _input(graph, PHASE_INPUT, ir.DataType.INT64, [2])
+    probes, outputs = [], []
+    for layer in found:
+        output = values[layer.output]
+        if output in gradients.blocked:
+            skipped[layer.name] = gradients.blocked[output]
+            continue
+        try:
+            moments = [
+                *emit_inputs(emit, layer, values[layer.input], output, phase),
+                *emit_cotangents(emit, layer, gradients.cotangents[output], phase),
+            ]
+        except KfeError as error:
+            skipped[layer.name] = str(error)
+            continue
+        probes.append(Probe(layer, *(value.name or "" for value in moments)))
+        outputs += moments
+    graph.outputs.clear()
+    graph.outputs.extend(outputs)
+    if not probes:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise KfeError(f"no layer can be collected ({reasons})" if reasons else "the model has no prunable layer")
+    return Instrumented(serialize(model), probes, skipped)
+
+
+def _seeds(emit: Emitter, heads: Sequence[Head], values: Mapping[str | None, ir.Value]) -> dict[ir.Value, ir.Value]:
+    seeds: dict[ir.Value, ir.Value] = {}
+    for head in heads:
+        source = values[head.source]
+        noise = _input(emit.graph, noise_input(head), ir.DataType.FLOAT, source.shape)
+        if source.dtype not in (None, ir.DataType.FLOAT):
+            noise = emit.op("CastLike", noise, source, like=source)
+        cotangent = HEAD_KINDS[head.kind].cotangent(emit, source, noise, head)
+        seeds[source] = emit.op("Add", seeds[source], cotangent, like=source) if source in seeds else cotangent
+    return seeds
+
+
+def _input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: ir.Shape | list[int] | None) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape) if shape is not None else None)
+    graph.inputs.append(value)
+    return value
+
+
+def activation_bytes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of all float32 intermediate values of one sample."""
+    return 4 * sum(math.prod(shapes.get(value.name or "", ())) for node in model.graph for value in node.outputs)

@@ -1,0 +1,178 @@
+"""The statistics of a collection: sums that merge by adding, with what they are sums of."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+import onnx_kfe
+from onnx_kfe.calibration._heads import Head
+from onnx_kfe.errors import KfeError
+from onnx_kfe.graph import replace_whole
+from onnx_kfe.kfe import Array, centre, symmetrize
+
+__all__ = ["LayerStatistics", "Statistics", "merge"]
+
+_FORMAT = "onnx-kfe statistics 1"
+_SUMS = ("input_second_moment", "input_sum", "cotangent_second_moment", "positions")
+
+
+@dataclass
+class LayerStatistics:
+    """Sums over samples and positions of one layer; patches are channel-major, ``i = c * taps``.
+
+    Attributes:
+        input_second_moment: Sum of ``x x^T``, ``[groups, i, i]``.
+        input_sum: Sum of x, ``[groups, i]``.
+        cotangent_second_moment: Sum of ``g g^T``, ``[groups, o, o]`` with o the output channels of a group.
+        positions: Number of positions summed over.
+        samples: Number of samples N.
+    """
+
+    input_second_moment: Array
+    input_sum: Array
+    cotangent_second_moment: Array
+    positions: float
+    samples: int
+
+    @property
+    def mean(self) -> Array:
+        """mu, ``[groups, i]``, over samples and positions."""
+        return self.input_sum / self.positions
+
+    @property
+    def input_factor(self) -> Array:
+        """A, ``[groups, i, i]``: summed over positions, averaged over samples (`expand` setting)."""
+        return symmetrize(self.input_second_moment / self.samples)
+
+    @property
+    def centred_input_factor(self) -> Array:
+        """A less what the bias absorbs, ``A - T mu mu^T``."""
+        return centre(self.input_factor, self.mean, self.positions / self.samples)
+
+    @property
+    def output_factor(self) -> Array:
+        """G, ``[groups, o, o]``: averaged over samples and positions."""
+        return symmetrize(self.cotangent_second_moment / self.positions)
+
+    def __add__(self, other: LayerStatistics) -> LayerStatistics:
+        return LayerStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+
+
+@dataclass
+class Statistics:
+    """K-FAC statistics of a model over calibration data.
+
+    Attributes:
+        model_hash: Fingerprint of the model they belong to.
+        seed: Seed of the sampled targets and positions.
+        samples: Number of samples summed over.
+        heads: The heads, with their scales.
+        input_shapes: Shape of one typical sample for each input.
+        layers: Sums by layer name.
+        skipped: Reason by layer name for the layers without statistics.
+        shards: Shards that are in it, as ``(index, count)``; ``(0, 1)`` is a whole collection.
+        versions: Versions of what computed them.
+    """
+
+    model_hash: str
+    seed: int
+    samples: int
+    heads: list[Head]
+    input_shapes: dict[str, tuple[int, ...]]
+    layers: dict[str, LayerStatistics]
+    skipped: dict[str, str] = field(default_factory=dict)
+    shards: list[tuple[int, int]] = field(default_factory=lambda: [(0, 1)])
+    versions: dict[str, str] = field(default_factory=lambda: {"onnx-kfe": onnx_kfe.__version__})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as safetensors, sums in float64, whole or not at all."""
+        tensors = {
+            f"{name}/{key}": np.ascontiguousarray(np.asarray(getattr(layer, key), np.float64))
+            for name, layer in self.layers.items()
+            for key in _SUMS
+        }
+        header = {
+            "model_hash": self.model_hash, "seed": self.seed, "samples": self.samples,
+            "heads": [dataclasses.asdict(head) for head in self.heads], "input_shapes": self.input_shapes,
+            "layers": {name: layer.samples for name, layer in self.layers.items()}, "skipped": self.skipped,
+            "shards": self.shards, "versions": self.versions,
+        }  # fmt: skip
+        metadata = {"format": _FORMAT, "statistics": json.dumps(header)}
+        replace_whole(path, safetensors.numpy.save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            KfeError: The file is missing or no statistics file.
+        """
+        if not Path(path).is_file():
+            raise KfeError(f"{path}: no such file")
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except Exception as error:
+            raise KfeError(f"{path}: not a statistics file, or a truncated one") from error
+        if metadata.get("format") != _FORMAT:
+            raise KfeError(f"{path}: not a statistics file of this version; collect them again")
+        header = json.loads(metadata["statistics"])
+        layers = {}
+        for name, samples in header["layers"].items():
+            second, total, cotangent, positions = (tensors[f"{name}/{key}"] for key in _SUMS)
+            layers[name] = LayerStatistics(second, total, cotangent, positions.item(), samples)
+        return cls(
+            header["model_hash"], header["seed"], header["samples"], [Head(**head) for head in header["heads"]],
+            {name: tuple(shape) for name, shape in header["input_shapes"].items()}, layers, header["skipped"],
+            [(index, count) for index, count in header["shards"]], header["versions"],
+        )  # fmt: skip
+
+    def check_model(self, model_hash: str, name: str = "the model") -> None:
+        """Raise unless the statistics were collected on this very model.
+
+        Raises:
+            KfeError: They belong to another model.
+        """
+        if self.model_hash != model_hash:
+            raise KfeError(f"the statistics belong to another model than {name}: collect them again")
+
+
+def merge(parts: Sequence[Statistics]) -> Statistics:
+    """Add the shards of one collection; the result equals the single run up to rounding.
+
+    Raises:
+        KfeError: The parts differ in model, seed or heads, or a shard is there twice.
+    """
+    if not parts:
+        raise KfeError("nothing to merge")
+    first = parts[0]
+    for part in parts[1:]:
+        for attribute in ("model_hash", "seed", "heads"):
+            if getattr(part, attribute) != getattr(first, attribute):
+                raise KfeError(f"cannot merge statistics with different {attribute.replace('_', ' ')}")
+    shards = [shard for part in parts for shard in part.shards]
+    if len(set(shards)) != len(shards) or len({count for _, count in shards}) != 1:
+        raise KfeError(f"cannot merge shards {shards}: a shard is there twice, or they are of different divisions")
+    layers: dict[str, LayerStatistics] = {}
+    for part in parts:
+        for name, layer in part.layers.items():
+            layers[name] = layers[name] + layer if name in layers else layer
+    complete = len(shards) == shards[0][1]
+    return dataclasses.replace(
+        first, samples=sum(part.samples for part in parts), layers=layers,
+        skipped=_union(part.skipped for part in parts), shards=[(0, 1)] if complete else sorted(shards),
+    )  # fmt: skip
+
+
+def _union(mappings: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    return {key: value for mapping in mappings for key, value in mapping.items()}

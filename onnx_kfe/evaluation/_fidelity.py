@@ -1,0 +1,222 @@
+"""How far one model's outputs are from another's: running sums over batches, one comparison for each kind of head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from onnx_kfe.errors import KfeError, UsageError
+
+_Z95 = 1.959963984540054  # standard normal quantile at 0.975
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A proportion with its 95 % interval.
+
+    Attributes:
+        value: The proportion, in [0, 1].
+        low: Lower end of the Wilson score interval.
+        high: Upper end of it.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def wilson(cls, value: float, trials: int) -> Rate:
+        """Wilson's score interval (Wilson, JASA 1927) of a proportion seen in `trials` independent trials."""
+        shrink = 1 + _Z95**2 / trials
+        centre = (value + _Z95**2 / (2 * trials)) / shrink
+        half = _Z95 / shrink * math.sqrt(value * (1 - value) / trials + (_Z95 / (2 * trials)) ** 2)
+        return cls(value, max(0.0, centre - half), min(1.0, centre + half))
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """How to read one output of the model.
+
+    Attributes:
+        name: Name of the output.
+        kind: "categorical", "bernoulli" or "gaussian".
+        probabilities: Whether the output is already a probability; logits when False. No meaning for "gaussian".
+        axis: Axis of the classes (of the channels, for "gaussian"); None for 1 from rank 4 up, else the last.
+
+    Raises:
+        UsageError: The kind is none of these.
+    """
+
+    name: str
+    kind: str
+    probabilities: bool = False
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _COMPARISONS:
+            raise UsageError(f"head '{self.name}' cannot be '{self.kind}'; --head can be: {', '.join(_COMPARISONS)}")
+
+    def rows(self, output: np.ndarray) -> np.ndarray:
+        """The output as [samples, positions, classes].
+
+        Raises:
+            UsageError: The output has no such axis.
+        """
+        if output.ndim < 2:
+            return output.reshape((1, 1, -1) if self.kind == "categorical" else (-1, 1, 1))
+        axis = self.axis if self.axis is not None else (1 if output.ndim >= 4 else -1)
+        if not -output.ndim < axis < output.ndim or axis == 0:
+            raise UsageError(f"head '{self.name}' of shape {list(output.shape)} cannot have its classes on axis {axis}")
+        moved = np.moveaxis(output, axis, -1)
+        return moved.reshape(len(moved), math.prod(moved.shape[1:-1]), moved.shape[-1])
+
+
+@dataclass(frozen=True)
+class HeadQuality:
+    """How well one head of a model follows the reference. What has no meaning for the kind of head is None.
+
+    Attributes:
+        name: Name of the output.
+        kind: Kind of head.
+        agreement: Share of the decisions that are the same: the top class at every position (categorical), which side
+            of 0.5 (bernoulli). Its interval takes samples, not positions, as independent.
+        kl: Mean KL(reference || model) of a sample in nats, summed over its positions.
+        relative_error: sqrt(sum ||y - y_ref||^2 / sum ||y_ref - mean||^2), the mean over the data for each channel.
+    """
+
+    name: str
+    kind: str
+    agreement: Rate | None = None
+    kl: float | None = None
+    relative_error: float | None = None
+
+
+class Comparison(Protocol):
+    """Running sums that compare one head of two models."""
+
+    def __init__(self, spec: HeadSpec) -> None: ...
+
+    def update(self, reference: np.ndarray, output: np.ndarray) -> None:
+        """Add a batch: the outputs of both models, of one shape."""
+
+    def result(self) -> HeadQuality:
+        """The comparison over all batches so far."""
+
+
+def compare(spec: HeadSpec) -> Comparison:
+    """An empty comparison for a head."""
+    return _COMPARISONS[spec.kind](spec)
+
+
+class _Decisions:
+    """What categorical and Bernoulli heads share: counts of equal decisions and a sum of divergences."""
+
+    def __init__(self, spec: HeadSpec) -> None:
+        self.spec = spec
+        self.samples = self.decisions = self.same = 0
+        self.kl = 0.0
+
+    def update(self, reference: np.ndarray, output: np.ndarray) -> None:
+        old, new = self.spec.rows(reference), self.spec.rows(output)
+        same = self.decide(old) == self.decide(new)
+        self.samples += len(old)
+        self.decisions += same.size
+        self.same += int(same.sum())
+        self.kl += _divergence(self.log_probabilities(old), self.log_probabilities(new))
+
+    def result(self) -> HeadQuality:
+        agreement = Rate.wilson(self.same / self.decisions, self.samples)
+        return HeadQuality(self.spec.name, self.spec.kind, agreement, self.kl / self.samples)
+
+    def decide(self, rows: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def log_probabilities(self, rows: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+
+class _Categorical(_Decisions):
+    def decide(self, rows: np.ndarray) -> np.ndarray:
+        return rows.argmax(-1)
+
+    def log_probabilities(self, rows: np.ndarray) -> np.ndarray:
+        scores = _log(rows, np.finfo(rows.dtype).smallest_subnormal) if self.spec.probabilities else _double(rows)
+        scores = scores - scores.max(-1, keepdims=True)
+        return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+
+class _Bernoulli(_Decisions):
+    def decide(self, rows: np.ndarray) -> np.ndarray:
+        return rows > (0.5 if self.spec.probabilities else 0.0)
+
+    def log_probabilities(self, rows: np.ndarray) -> np.ndarray:
+        if self.spec.probabilities:
+            precision = np.finfo(rows.dtype)
+            # A probability rounded to 1 leaves its complement unknown below half a step.
+            yes, no = _log(rows, precision.smallest_subnormal), _log(1 - _double(rows), precision.epsneg / 2)
+        else:
+            yes, no = -np.logaddexp(0, -_double(rows)), -np.logaddexp(0, _double(rows))
+        return np.stack([yes, no])
+
+
+class _Gaussian:
+    def __init__(self, spec: HeadSpec) -> None:
+        self.spec = spec
+        self.count = 0
+        self.error = self.scatter = 0.0
+        self.mean: np.ndarray | float = 0.0
+
+    def update(self, reference: np.ndarray, output: np.ndarray) -> None:
+        channels = self.spec.rows(reference).shape[-1]
+        old = _double(self.spec.rows(reference)).reshape(-1, channels)
+        self.error += float(np.square(_double(self.spec.rows(output)).reshape(-1, channels) - old).sum())
+        if not len(old):
+            return
+        # Means and scatter of two parts merged (Chan, Golub & LeVeque 1979): exact, and no cancellation.
+        mean, total = old.mean(0), self.count + len(old)
+        shift = mean - self.mean
+        between = self.count * len(old) / total * float(np.square(shift).sum())
+        self.scatter += float(np.square(old - mean).sum()) + between
+        self.mean = self.mean + shift * (len(old) / total)
+        self.count = total
+
+    def result(self) -> HeadQuality:
+        constant = math.inf if self.error else 0.0  # any error of a constant output is beyond measure
+        relative = math.sqrt(self.error / self.scatter) if self.scatter else constant
+        return HeadQuality(self.spec.name, self.spec.kind, relative_error=relative)
+
+
+_COMPARISONS: dict[str, type[Comparison]] = {
+    "categorical": _Categorical,
+    "bernoulli": _Bernoulli,
+    "gaussian": _Gaussian,
+}
+
+
+def check_outputs(spec: HeadSpec, who: str, output: np.ndarray) -> None:
+    """Refuse outputs that no comparison can use; minus infinity is a class masked out.
+
+    Raises:
+        KfeError: The output is not finite.
+    """
+    masked = np.isneginf(output) if spec.kind == "categorical" and not spec.probabilities else False
+    if not np.all(np.isfinite(output) | masked):
+        raise KfeError(f"output '{spec.name}' of {who} has NaN or infinity: check the inputs and the model's precision")
+
+
+def _double(rows: np.ndarray) -> np.ndarray:
+    return rows.astype(np.float64)
+
+
+def _log(probabilities: np.ndarray, floor: np.floating) -> np.ndarray:
+    return np.log(np.maximum(_double(probabilities), float(floor)))
+
+
+def _divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
+    """Sum of p log(p / q), where what has no probability in the reference counts for nothing."""
+    p = np.exp(log_p)
+    with np.errstate(invalid="ignore"):
+        return float(np.where(p > 0, p * (log_p - log_q), 0.0).sum())

@@ -1,0 +1,228 @@
+"""Forms: the small structures that can stand in place of a layer. One class, one registration.
+
+A form writes a layer as a chain of stages. Exactly one stage is *spatial*: it carries the layer's kernel, strides, pads
+and dilations; the others are 1x1. The bias goes on the last stage, where zero padding cannot meet it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_kfe.graph import Geometry
+from onnx_kfe.kfe import Array, InputSubspace, TwoFactor, refine_subspace
+from onnx_kfe.planning._problem import GroupProblem, LayerProblem
+
+__all__ = ["FORMS", "Cost", "Form", "Stage", "compose", "dense_cost", "rank_grid"]
+
+_SMALLEST_UNIT = 4
+_MOST_INPUT_RANKS = 16  # each costs a solve of size rank * taps
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a form costs for one sample.
+
+    Attributes:
+        macs: Multiply-accumulates.
+        parameters: Elements of its weights, biases not counted.
+    """
+
+    macs: int
+    parameters: int
+
+    def saves(self, other: Cost) -> bool:
+        """Whether it is cheaper in one respect and dearer in none."""
+        no_dearer = self.macs <= other.macs and self.parameters <= other.parameters
+        return no_dearer and (self.macs < other.macs or self.parameters < other.parameters)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A link of a chain.
+
+    Attributes:
+        weight: ``[groups, out/groups, in/groups, *kernel]``; kernel dimensions only where `spatial`.
+        spatial: Whether it carries the layer's kernel, strides, pads and dilations.
+    """
+
+    weight: Array
+    spatial: bool
+
+
+def dense_cost(geometry: Geometry) -> Cost:
+    """Cost of the layer as it is."""
+    return Cost(geometry.macs, geometry.weight_parameters)
+
+
+def rank_grid(limit: int, round_to: int) -> list[int]:
+    """Ranks below `limit` that run fast: multiples of `round_to`, of a half or quarter of it for small layers."""
+    unit = round_to
+    while unit > _SMALLEST_UNIT and limit < 4 * unit:
+        unit //= 2
+    return list(range(unit, limit, unit))
+
+
+class Form(ABC):
+    """A structure for a layer, with ranks as its only parameters."""
+
+    name: str
+
+    @abstractmethod
+    def limits(self, geometry: Geometry) -> tuple[int, ...]:
+        """Largest value of each rank; empty where the form does not apply to the layer."""
+
+    @abstractmethod
+    def cost(self, geometry: Geometry, ranks: Sequence[int]) -> Cost:
+        """Cost at the given ranks."""
+
+    @abstractmethod
+    def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
+        """Ranks on the grid with their predicted losses in nats per sample."""
+
+    @abstractmethod
+    def stages(self, problem: LayerProblem, ranks: Sequence[int]) -> list[Stage]:
+        """The weights of the chain at the given ranks."""
+
+
+class OutputLowRank(Form):
+    """``k x k`` into r channels, then ``1x1``: the exact optimum of its kind (see `kfe.two_factor`), group by group."""
+
+    def __init__(self, name: str, pointwise: bool) -> None:
+        self.name = name
+        self._pointwise = pointwise
+
+    def limits(self, geometry: Geometry) -> tuple[int, ...]:
+        applies = (geometry.taps == 1) == self._pointwise
+        return (min(geometry.patch_size, geometry.out_channels // geometry.groups),) if applies else ()
+
+    def cost(self, geometry: Geometry, ranks: Sequence[int]) -> Cost:
+        parameters = ranks[0] * (geometry.groups * geometry.patch_size + geometry.out_channels)
+        return Cost(geometry.positions * parameters, parameters)
+
+    def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
+        total = sum(group.factors.losses for group in problem.groups)
+        for rank in rank_grid(self.limits(problem.geometry)[0], round_to):
+            yield (rank,), float(np.asarray(total)[rank])
+
+    def stages(self, problem: LayerProblem, ranks: Sequence[int]) -> list[Stage]:
+        pairs = [group.factors.truncated(ranks[0]) for group in problem.groups]
+        kernel = problem.weight.shape[2:]
+        first = np.stack([right.reshape(ranks[0], *kernel) for _, right in pairs])
+        return [Stage(first, True), Stage(np.stack([left for left, _ in pairs]), False)]
+
+
+class InputLowRank(Form):
+    """``1x1`` into r channels, then ``k x k``, its weight re-solved under the full patch covariance."""
+
+    name = "input_low_rank"
+
+    def limits(self, geometry: Geometry) -> tuple[int, ...]:
+        return (geometry.in_channels // geometry.groups,) if geometry.taps > 1 else ()
+
+    def cost(self, geometry: Geometry, ranks: Sequence[int]) -> Cost:
+        encoder = geometry.in_channels * ranks[0]
+        core = geometry.out_channels * ranks[0] * geometry.taps
+        return Cost(geometry.input_positions * encoder + geometry.positions * core, encoder + core)
+
+    def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
+        ranks = _input_ranks(self, problem.geometry, round_to)
+        for by_group in zip(*(group.subspaces(ranks) for group in problem.groups), strict=True):
+            yield (len(by_group[0].encoder),), sum(subspace.loss for subspace in by_group)
+
+    def stages(self, problem: LayerProblem, ranks: Sequence[int]) -> list[Stage]:
+        refined = [_refined(group, ranks[0], len(group.weight))[0] for group in problem.groups]
+        balanced = [_balance(subspace.encoder, subspace.core) for subspace in refined]
+        encoders, cores = zip(*balanced, strict=True)
+        return [Stage(np.stack(encoders), False), Stage(np.stack(cores), True)]
+
+
+class TuckerChain(Form):
+    """``1x1`` into r channels, ``k x k`` into s, ``1x1`` out: the chain that EigenDamage writes."""
+
+    name = "tucker"
+
+    def limits(self, geometry: Geometry) -> tuple[int, ...]:
+        if geometry.taps == 1:
+            return ()
+        return (geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups)
+
+    def cost(self, geometry: Geometry, ranks: Sequence[int]) -> Cost:
+        encoder = geometry.in_channels * ranks[0]
+        rest = geometry.groups * ranks[0] * ranks[1] * geometry.taps + geometry.out_channels * ranks[1]
+        return Cost(geometry.input_positions * encoder + geometry.positions * rest, encoder + rest)
+
+    def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
+        outputs = rank_grid(self.limits(problem.geometry)[1], round_to)
+        ranks = _input_ranks(self, problem.geometry, round_to)
+        for by_group in zip(*(group.subspaces(ranks) for group in problem.groups), strict=True):
+            rank = len(by_group[0].encoder)
+            base = sum(subspace.loss for subspace in by_group)
+            cores = [
+                subspace.output_factors(group.output).losses
+                for subspace, group in zip(by_group, problem.groups, strict=True)
+            ]
+            for output in outputs:
+                if output < len(cores[0]):
+                    yield (rank, output), base + float(sum(losses[output] for losses in cores))
+
+    def stages(self, problem: LayerProblem, ranks: Sequence[int]) -> list[Stage]:
+        encoders, cores, decoders = [], [], []
+        for group in problem.groups:
+            subspace, factors = _refined(group, ranks[0], ranks[1])
+            left, right = factors.truncated(ranks[1])
+            encoder, core = _balance(subspace.encoder, right.reshape(ranks[1], *subspace.core.shape[1:]))
+            encoders.append(encoder)
+            cores.append(core)
+            decoders.append(left)
+        return [Stage(np.stack(encoders), False), Stage(np.stack(cores), True), Stage(np.stack(decoders), False)]
+
+
+FORMS: dict[str, Form] = {
+    form.name: form
+    for form in (
+        OutputLowRank("two_factor", pointwise=True),
+        OutputLowRank("output_low_rank", pointwise=False),
+        InputLowRank(),
+        TuckerChain(),
+    )
+}
+
+
+def compose(stages: Sequence[Stage]) -> Array:
+    """The weight ``[groups, o, c, *kernel]`` that a chain amounts to, borders aside exactly."""
+    product, *rest = (stage.weight for stage in stages)
+    for weight in rest:
+        flat = product.reshape(*product.shape[:2], -1)
+        if weight.ndim == 3:  # pointwise after anything: [g, o, r] @ [g, r, c * taps]
+            product = (weight @ flat).reshape(*weight.shape[:2], *product.shape[2:])
+        else:  # spatial after pointwise: [g, o, r, *kernel] with [g, r, c]
+            kernel = weight.shape[3:]
+            taps = weight.reshape(*weight.shape[:3], -1)
+            product = np.einsum("gort,grc->goct", taps, product, optimize=True)
+            product = product.reshape(*product.shape[:3], *kernel)
+    return product
+
+
+def _input_ranks(form: Form, geometry: Geometry, round_to: int) -> list[int]:
+    grid = rank_grid(form.limits(geometry)[0], round_to)
+    return grid[:: max(1, math.ceil(len(grid) / _MOST_INPUT_RANKS))]
+
+
+def _refined(group: GroupProblem, rank: int, output_rank: int) -> tuple[InputSubspace, TwoFactor]:
+    return refine_subspace(group.weight, group.input_factor, group.output, rank, output_rank)
+
+
+def _balance(encoder: Array, core: Array) -> tuple[Array, Array]:
+    """Rescale the channels between two stages to equal norms on both sides."""
+    axes = (0, *range(2, core.ndim))
+    tiny = np.finfo(np.float64).tiny
+    scales = np.sqrt(
+        np.maximum(np.linalg.norm(encoder, axis=1), tiny) / np.maximum(np.sqrt(np.square(core).sum(axis=axes)), tiny)
+    )
+    shape = (1, -1, *[1] * (core.ndim - 2))
+    return encoder / scales[:, None], core * scales.reshape(shape)

@@ -1,0 +1,189 @@
+"""The plan: form and ranks of each layer, as a file that a person can read and edit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnx_kfe.calibration import Statistics
+from onnx_kfe.errors import BudgetError, KfeError, UsageError
+from onnx_kfe.graph import Layer, Network, count_parameters, replace_whole
+from onnx_kfe.planning._allocation import DENSE, Candidate, allocate, candidates
+from onnx_kfe.planning._budget import Budget, describe
+from onnx_kfe.planning._forms import FORMS, Cost, dense_cost
+from onnx_kfe.planning._problem import LayerProblem
+
+__all__ = ["DEFAULT_ROUND_TO", "Plan", "make_plan", "network_cost", "plan_from_weights"]
+
+_FORMAT = "onnx-kfe plan 1"
+DEFAULT_ROUND_TO = 16
+_JUSTIFIED = 1e-3  # share of a weight's energy that may go when nothing but the weights is known
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with each layer.
+
+    Attributes:
+        model_hash: Fingerprint of the model it is for.
+        choices: Candidate by layer name, layers that stay as they are included.
+        original: Cost of the whole model before.
+        budget: The budgets as typed.
+        skipped: Reason by layer name for layers that could not be considered.
+    """
+
+    model_hash: str
+    choices: dict[str, Candidate]
+    original: Cost
+    budget: str = ""
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> dict[str, Candidate]:
+        """The layers that get another form."""
+        return {name: choice for name, choice in self.choices.items() if choice.form != DENSE}
+
+    @property
+    def predicted_loss(self) -> float:
+        """Summed predicted loss in nats per sample."""
+        return sum(choice.loss for choice in self.choices.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `save` writes."""
+        return {
+            "format": _FORMAT, "model_hash": self.model_hash, "budget": self.budget,
+            "original": {"macs": self.original.macs, "parameters": self.original.parameters},
+            "predicted_loss": self.predicted_loss,
+            "layers": {
+                name: {
+                    "form": choice.form, "ranks": list(choice.ranks), "macs": choice.cost.macs,
+                    "parameters": choice.cost.parameters, "predicted_loss": choice.loss,
+                }
+                for name, choice in self.choices.items()
+            },
+            "skipped": self.skipped,
+        }  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON. Only ``form`` and ``ranks`` are read back for a layer; the rest is for the reader."""
+        replace_whole(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], network: Network) -> Plan:
+        """Read a plan, edited or not, and check it against the model.
+
+        Raises:
+            KfeError: No plan, or a plan for another model.
+            UsageError: A layer, form or rank that cannot be.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["format"] != _FORMAT:
+                raise KfeError(f"{path}: not a plan of this version")
+            entries: dict[str, Any] = data["layers"]
+            chosen = {
+                name: (entry["form"], tuple(entry.get("ranks", ())), float(entry.get("predicted_loss", "nan")))
+                for name, entry in entries.items()
+            }
+        except FileNotFoundError as error:
+            raise KfeError(f"{path}: no such file") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise KfeError(f"{path}: not a plan ({type(error).__name__}: {error})") from error
+        if data.get("model_hash") != network.fingerprint:
+            raise KfeError(f"{path}: the plan is for another model than {network.name}")
+        layers = {layer.name: layer for layer in network.layers}
+        choices = {
+            name: _checked(f"{path}: layer '{name}'", layers.get(name), form, ranks, loss)
+            for name, (form, ranks, loss) in chosen.items()
+        }
+        return cls(network.fingerprint, choices, network_cost(network), data.get("budget", ""), data.get("skipped", {}))
+
+
+def _checked(where: str, layer: Layer | None, form: str, ranks: tuple[Any, ...], loss: float) -> Candidate:
+    if layer is None:
+        raise UsageError(f"{where} is not in the model")
+    if form == DENSE and layer.geometry is not None:
+        return Candidate(DENSE, (), dense_cost(layer.geometry), 0.0)
+    if not layer.prunable or layer.geometry is None:
+        raise UsageError(f"{where} cannot be pruned: {layer.reason}")
+    if form not in FORMS:
+        raise UsageError(f"{where}: unknown form '{form}'; it can be {', '.join((DENSE, *FORMS))}")
+    limits = FORMS[form].limits(layer.geometry)
+    if not limits:
+        fitting = [name for name, other in FORMS.items() if other.limits(layer.geometry)]
+        raise UsageError(f"{where}: form '{form}' does not apply to it; it can be {', '.join((DENSE, *fitting))}")
+    if len(ranks) != len(limits):
+        raise UsageError(f"{where}: form '{form}' takes {len(limits)} rank(s), found {list(ranks)}")
+    for rank, limit in zip(ranks, limits, strict=True):
+        if not isinstance(rank, int) or not 1 <= rank <= limit:
+            raise UsageError(f"{where}: rank {rank} of form '{form}' must be from 1 to {limit}")
+    return Candidate(form, ranks, FORMS[form].cost(layer.geometry, ranks), loss)
+
+
+def network_cost(network: Network) -> Cost:
+    """MACs and parameters of the whole model."""
+    return Cost(sum(layer.macs for layer in network.layers), count_parameters(network.model))
+
+
+def make_plan(
+    network: Network, statistics: Statistics, budgets: Sequence[Budget], *, round_to: int = DEFAULT_ROUND_TO
+) -> Plan:
+    """Choose form and ranks of each layer: least predicted loss under the budgets.
+
+    Args:
+        network: The model.
+        statistics: Collected on this very model.
+        budgets: One or more bounds, all to be met.
+        round_to: Ranks are multiples of this (smaller ones for small layers).
+
+    Raises:
+        KfeError: The statistics are of another model.
+        BudgetError: The budgets cannot be met.
+    """
+    statistics.check_model(network.fingerprint, network.name)
+    skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
+    options: dict[str, Sequence[Candidate]] = {}
+    for layer in network.prunable:
+        if layer.name in statistics.layers:
+            options[layer.name] = candidates(LayerProblem(layer, statistics.layers[layer.name]), round_to)
+        else:
+            skipped[layer.name] = statistics.skipped.get(layer.name, "no statistics were collected")
+    return _allocated(network, options, budgets, skipped)
+
+
+def plan_from_weights(network: Network, budgets: Sequence[Budget], *, round_to: int = DEFAULT_ROUND_TO) -> Plan:
+    """Choose what the weights alone justify: forms that change a weight by next to nothing, whatever the inputs.
+
+    Raises:
+        BudgetError: The budgets cannot be met so; data are needed.
+    """
+    options: dict[str, Sequence[Candidate]] = {}
+    for layer in network.prunable:
+        problem = LayerProblem(layer, None)
+        allowed = _JUSTIFIED * 0.5 * float((problem.weight**2).sum())
+        options[layer.name] = [c for c in candidates(problem, round_to) if c.loss <= allowed]
+    skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
+    if not budgets:
+        choices = {name: min(found, key=lambda c: (c.cost.macs, c.loss)) for name, found in options.items()}
+        return Plan(network.fingerprint, choices, network_cost(network), "", skipped)
+    try:
+        return _allocated(network, options, budgets, skipped)
+    except BudgetError as error:
+        raise BudgetError(f"without data, {error}; give --data so that more can be justified") from error
+
+
+def _allocated(
+    network: Network,
+    options: Mapping[str, Sequence[Candidate]],
+    budgets: Sequence[Budget],
+    skipped: dict[str, str],
+) -> Plan:
+    if not budgets:
+        raise UsageError("give a budget: --macs or --params")
+    original = network_cost(network)
+    choices = allocate(options, budgets, original)
+    return Plan(network.fingerprint, choices, original, describe(budgets), skipped)

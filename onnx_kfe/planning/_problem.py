@@ -1,0 +1,99 @@
+"""One layer as an approximation problem: its weight and the curvature that says which changes of it are cheap."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from onnx_kfe.calibration import LayerStatistics
+from onnx_kfe.graph import Geometry, Layer
+from onnx_kfe.kfe import (
+    Array,
+    InputSubspace,
+    TwoFactor,
+    Whitening,
+    input_directions,
+    input_subspaces,
+    predicted_loss,
+    two_factor,
+    whiten,
+)
+
+__all__ = ["GroupProblem", "LayerProblem"]
+
+_OUTPUT_DAMPING = 0.2  # of the mean eigenvalue of G: sampled gradients say little about directions they hardly visit
+_INPUT_DAMPING = 1e-4  # of A's mean eigenvalue, so that unseen input directions keep the weight they have
+
+
+class GroupProblem:
+    """One group of a layer (the whole layer where it has one group).
+
+    Args:
+        weight: ``[o, c, *kernel]``.
+        input_factor: Centred A, ``[i, i]``.
+        output_factor: G, ``[o, o]``.
+    """
+
+    def __init__(self, weight: Array, input_factor: Array, output_factor: Array) -> None:
+        size = len(input_factor)
+        floor = _INPUT_DAMPING * max(float(np.trace(input_factor)) / size, np.finfo(np.float64).tiny)
+        self.weight = weight
+        self.input_factor = input_factor + floor * np.eye(size)
+        self.output: Whitening = whiten(output_factor, _OUTPUT_DAMPING)
+        self.output_factor = self.output.root @ self.output.root
+
+    @cached_property
+    def factors(self) -> TwoFactor:
+        """The two-factor forms of every rank."""
+        return two_factor(self.weight, self.input_factor, self.output)
+
+    @cached_property
+    def directions(self) -> Array:
+        """Input subspaces of every rank."""
+        return input_directions(self.weight, self.input_factor, self.output.root)
+
+    def subspaces(self, ranks: list[int]) -> list[InputSubspace]:
+        """The restrictions to input subspaces of the given ranks."""
+        return list(
+            input_subspaces(self.weight, self.input_factor, self.output_factor, self.directions, sorted(set(ranks)))
+        )
+
+    def loss(self, approximation: Array) -> float:
+        """Predicted loss in nats per sample of replacing the weight, the bias absorbing the mean."""
+        return predicted_loss(approximation - self.weight, self.input_factor, self.output_factor)
+
+
+class LayerProblem:
+    """A layer with its statistics, group by group.
+
+    Args:
+        layer: A prunable layer.
+        statistics: Its sums; None for curvature that knows nothing (identity factors), which leaves the weights alone
+            to say what is redundant.
+    """
+
+    def __init__(self, layer: Layer, statistics: LayerStatistics | None) -> None:
+        assert layer.geometry is not None
+        self.layer = layer
+        self.geometry: Geometry = layer.geometry
+        self.weight = layer.weight()
+        patch, out = self.geometry.patch_size, self.geometry.out_channels // self.geometry.groups
+        if statistics is None:
+            self.mean: Array = np.zeros((self.geometry.groups, patch))
+            factors = [(np.eye(patch), np.eye(out))] * self.geometry.groups
+        else:
+            self.mean = statistics.mean
+            factors = list(zip(statistics.centred_input_factor, statistics.output_factor, strict=True))
+        self.groups = [GroupProblem(w, a, g) for w, (a, g) in zip(self.weight, factors, strict=True)]
+
+    def loss(self, approximation: Array) -> float:
+        """Predicted loss in nats per sample of replacing the weight ``[groups, o, c, *kernel]``."""
+        return sum(group.loss(w) for group, w in zip(self.groups, approximation, strict=True))
+
+    def bias(self, approximation: Array) -> Array:
+        """The bias ``[out]`` that keeps the mean output: ``b + (W - W_hat) mu``."""
+        bias = self.layer.bias()
+        change = (self.weight - approximation).reshape(*self.weight.shape[:2], -1)
+        moved = np.einsum("goi,gi->go", change, self.mean).reshape(-1)
+        return moved if bias is None else bias + moved

@@ -1,0 +1,85 @@
+"""What pruning gave: the model, what was done to it and what it cost."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from onnx_kfe.calibration import Statistics
+from onnx_kfe.evaluation import Quality, Timing
+from onnx_kfe.graph import ModelSource, Network, check_output, count_macs, count_parameters, save
+from onnx_kfe.planning import Plan, network_cost
+
+__all__ = ["Result"]
+
+
+@dataclass
+class Result:
+    """The smaller model and its report.
+
+    Attributes:
+        network: The original.
+        ir_model: The smaller model.
+        plan: What was planned.
+        losses: Predicted loss by changed layer, of the weights as written, in nats per sample.
+        statistics: What it was planned from; None when from the weights alone.
+        source: The model as it was given.
+        quality: Measured quality; None when not measured.
+        proven: Whether quality was measured on real samples.
+        timings: Measured latency of original and result; empty when not measured.
+    """
+
+    network: Network
+    ir_model: ir.Model
+    plan: Plan
+    losses: dict[str, float]
+    statistics: Statistics | None
+    source: ModelSource | Network = field(repr=False)
+    quality: Quality | None = None
+    proven: bool = False
+    timings: list[Timing] = field(default_factory=list)
+
+    @property
+    def model(self) -> ir.Model | onnx.ModelProto:
+        """The smaller model: an ``ir.Model`` where one was given, else a ``ModelProto``."""
+        return self.ir_model if isinstance(self.source, ir.Model | Network) else ir.to_proto(self.ir_model)
+
+    @property
+    def predicted_loss(self) -> float:
+        """Summed predicted loss in nats per sample."""
+        return sum(self.losses.values())
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Everything measured and decided, as plain values; costs are counted on the written graph."""
+        before = network_cost(self.network)
+        return {
+            "model": self.network.name,
+            "budget": self.plan.budget,
+            "macs": {"before": before.macs, "after": count_macs(self.ir_model, self.network.input_shapes)},
+            "parameters": {"before": before.parameters, "after": count_parameters(self.ir_model)},
+            "calibration_samples": self.statistics.samples if self.statistics else 0,
+            "predicted_loss": self.predicted_loss,
+            "quality_proven": self.proven,
+            "quality": self.quality.as_dict() if self.quality else None,
+            "timings": [timing.as_dict() for timing in self.timings],
+            "layers": {
+                name: {"form": choice.form, "ranks": list(choice.ranks), "predicted_loss": self.losses.get(name, 0.0)}
+                for name, choice in self.plan.choices.items()
+            },
+            "skipped": self.plan.skipped,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the smaller model, whole or not at all, never over the original.
+
+        Raises:
+            UsageError: The path cannot be written, or is the original's.
+        """
+        sources = [] if isinstance(self.source, Network) else [self.source]
+        check_output(path, self.network.name, *sources)
+        save(self.ir_model, path)

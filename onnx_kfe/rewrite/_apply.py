@@ -1,0 +1,86 @@
+"""From plan and statistics to the smaller model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+import onnx_kfe
+from onnx_kfe.calibration import Statistics
+from onnx_kfe.errors import KfeError
+from onnx_kfe.graph import Network
+from onnx_kfe.planning import FORMS, LayerProblem, Plan, compose
+from onnx_kfe.rewrite._factorize import Chain, FactorizePass
+
+__all__ = ["apply_plan"]
+
+_PROTOBUF_LIMIT = 2**31 - 2**24
+
+
+def apply_plan(
+    network: Network,
+    plan: Plan,
+    statistics: Statistics | None,
+    *,
+    progress: Callable[[str], None] = lambda layer: None,
+) -> tuple[ir.Model, dict[str, float]]:
+    """Write the planned forms into a copy of the model.
+
+    Args:
+        network: The model.
+        plan: Forms and ranks by layer.
+        statistics: What the weights of the forms are solved under; None for the weights alone.
+        progress: Called with each layer's name when it is done.
+
+    Returns:
+        The smaller model, and by layer the loss that its new weights are predicted to cost, in nats per sample.
+
+    Raises:
+        KfeError: The statistics are of another model, or lack a layer of the plan.
+    """
+    if statistics is not None:
+        statistics.check_model(network.fingerprint, network.name)
+    layers = {layer.name: layer for layer in network.layers}
+    chains, losses = {}, {}
+    for name, choice in plan.changed.items():
+        if statistics is not None and name not in statistics.layers:
+            raise KfeError(
+                f"the statistics lack layer '{name}' of the plan: {statistics.skipped.get(name, 'collect again')}"
+            )
+        problem = LayerProblem(layers[name], statistics.layers[name] if statistics is not None else None)
+        stages = FORMS[choice.form].stages(problem, choice.ranks)
+        approximation = compose(stages)
+        chains[name] = Chain(layers[name], choice.form, stages, problem.bias(approximation))
+        losses[name] = problem.loss(approximation)
+        progress(name)
+    model = network.model.clone()
+    model = FactorizePass(chains)(model).model
+    model.metadata_props["onnx_kfe"] = _provenance(network, plan, statistics)
+    model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
+    _check(model, network.name)
+    return model, losses
+
+
+def _provenance(network: Network, plan: Plan, statistics: Statistics | None) -> str:
+    """One line of JSON: what made the model, from what, under which budget."""
+    return json.dumps(
+        {
+            "version": onnx_kfe.__version__, "model_hash": network.fingerprint, "budget": plan.budget,
+            "samples": statistics.samples if statistics is not None else 0,
+            "layers": {name: [choice.form, *choice.ranks] for name, choice in plan.changed.items()},
+        }
+    )  # fmt: skip
+
+
+def _check(model: ir.Model, name: str) -> None:
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if size > _PROTOBUF_LIMIT:
+        return  # checked by whoever loads it: the checker needs the model in one message
+    try:
+        onnx.checker.check_model(ir.to_proto(model))
+    except Exception as error:
+        raise KfeError(f"{name}: the rewritten graph is invalid, please report this: {error}") from error
