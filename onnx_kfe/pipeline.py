@@ -6,27 +6,26 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from onnx_kfe import calibration, evaluation, planning
+from onnx_kfe import calibration, planning
+from onnx_kfe._measure import benchmark, evaluate, head_specs, measure_latency, measure_quality, note_skipped
 from onnx_kfe.calibration import (
     Dataset,
     DataSource,
     ImageOptions,
     Statistics,
-    batch_size,
-    batches,
+    fixed_batch,
     input_specs,
     open_dataset,
     synthetic_dataset,
 )
-from onnx_kfe.errors import UsageError
-from onnx_kfe.evaluation import HeadSpec, Quality, Timing
-from onnx_kfe.graph import ModelSource, Network, open_network, serialize
+from onnx_kfe.errors import KfeError
+from onnx_kfe.graph import ModelSource, Network, open_network
 from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Macs, Plan
 from onnx_kfe.progress import Progress
 from onnx_kfe.result import Result
 from onnx_kfe.rewrite import apply_plan
 
-__all__ = ["benchmark", "collect", "evaluate", "inspect", "plan", "prune"]
+__all__ = ["DEFAULT_BUDGET", "DEFAULT_SAMPLES", "benchmark", "collect", "evaluate", "inspect", "plan", "prune"]
 
 DEFAULT_BUDGET = Macs(0.75)
 DEFAULT_SAMPLES = 1024
@@ -48,6 +47,10 @@ def inspect(
         input_shapes: Shapes of inputs with free axes; a dynamic batch counts as 1.
         include: Patterns of node names to prune, all when empty.
         exclude: Patterns of node names to leave alone.
+
+    Raises:
+        KfeError: The model cannot be read.
+        UsageError: A shape or pattern does not fit the model.
     """
     if isinstance(model, Network):
         return model
@@ -80,23 +83,17 @@ def collect(
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
         progress: Shows what is going on.
+
+    Raises:
+        KfeError: Something about the model or the data stops the work.
+        UsageError: The arguments do not fit the model or the data.
     """
+    shown = progress or Progress()
     network = inspect(model)
     dataset = open_dataset(cast(DataSource, data), input_specs(network.model), images=images, max_samples=max_samples)
-    shown = progress or Progress()
-    with shown.stage("collecting", dataset.count()) as advance:
-        statistics = calibration.collect(
-            network,
-            dataset,
-            heads=heads,
-            seed=seed,
-            shard=shard,
-            providers=providers,
-            threads=threads,
-            progress=advance,
-        )
-    for reason in dataset.skipped:
-        shown.note(f"skipped {reason}")
+    shown.note(dataset.describe())
+    statistics = _collect(network, dataset, heads, seed, shard, providers, threads, shown)
+    note_skipped(dataset, shown)
     return statistics
 
 
@@ -108,47 +105,12 @@ def plan(model: Source, statistics: Statistics, *budgets: Budget, round_to: int 
         statistics: Its statistics.
         budgets: `Macs`, `Params` or both.
         round_to: Ranks are multiples of this (smaller ones for small layers).
+
+    Raises:
+        BudgetError: The budgets cannot be met.
+        KfeError: The statistics are of another model.
     """
     return planning.make_plan(_at_seen_shapes(inspect(model), statistics), statistics, budgets, round_to=round_to)
-
-
-def evaluate(
-    model: ModelSource,
-    data: DataSource | Dataset,
-    *,
-    reference: ModelSource | None = None,
-    images: ImageOptions | None = None,
-    labels: str | os.PathLike[str] | None = None,
-    heads: Mapping[str, str] | None = None,
-    max_samples: int | None = None,
-    providers: Sequence[str] = (),
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> Quality:
-    """Measure accuracy where the data have labels, and fidelity to a reference model where one is given.
-
-    Args:
-        model: The model.
-        data: Samples, see `open_dataset`.
-        reference: The original.
-        images: How images become inputs.
-        labels: CSV of ``file,label``.
-        heads: Kind by output name where detection should be overruled.
-        max_samples: At most this many samples.
-        providers: Execution providers.
-        threads: Threads.
-        progress: Shows what is going on.
-    """
-    network = inspect(reference if reference is not None else model)
-    dataset = open_dataset(
-        cast(DataSource, data), input_specs(network.model), images=images, labels=labels, max_samples=max_samples
-    )
-    specs = _head_specs(calibration.find_heads(network, heads))
-    with (progress or Progress()).stage("evaluating", dataset.count()) as advance:
-        return evaluation.evaluate(
-            _runnable(model), _counted(network, dataset, advance), heads=specs, providers=providers, threads=threads,
-            reference=_runnable(reference) if reference is not None else None,
-        )  # fmt: skip
 
 
 def prune(
@@ -172,18 +134,19 @@ def prune(
 
     Args:
         model: The model.
-        data: Calibration samples, of which a fifth is held back to measure quality on; or statistics collected before;
-            or None, when only what the weights alone justify is pruned and quality is unproven.
+        data: Calibration samples, of which a fifth is held back to measure quality on where there are no
+            `evaluation_data`; or statistics collected before; or None, when only what the weights alone justify is
+            pruned and quality is unproven.
         plan: Budgets (three quarters of the MACs when None), or a plan made before.
-        evaluation_data: Samples to measure quality on, instead of those held back.
+        evaluation_data: Samples to measure quality on.
         images: How images become inputs.
         labels: CSV of ``file,label``.
         heads: Kind by output name where detection should be overruled.
         max_samples: At most this many samples.
         round_to: Ranks are multiples of this (smaller ones for small layers).
         seed: Seed of sampled targets and positions.
-        providers: Execution providers.
-        threads: Threads.
+        providers: Execution providers, CPU when empty.
+        threads: Threads, all cores when None.
         measure: Whether to measure quality and latency of the result.
         progress: Shows what is going on.
 
@@ -194,52 +157,73 @@ def prune(
     """
     shown = progress or Progress()
     network = inspect(model)
-    options = {"images": images, "labels": labels, "max_samples": max_samples}
-    statistics, held_back = _statistics(network, data, options, heads, seed, providers, threads, shown)
-    if evaluation_data is not None:
-        held_back = open_dataset(cast(DataSource, evaluation_data), input_specs(network.model), **options)  # type: ignore[arg-type]
-    if statistics is not None:
+
+    def opened(source: DataSource | Dataset) -> Dataset:
+        specs = input_specs(network.model)
+        dataset = open_dataset(cast(DataSource, source), specs, images=images, labels=labels, max_samples=max_samples)
+        shown.note(dataset.describe())
+        return dataset
+
+    test, measured_on = None if evaluation_data is None else opened(evaluation_data), "given samples"
+    if data is None or isinstance(data, Statistics):
+        statistics = data
+    else:
+        used = opened(data)
+        if test is None:
+            used, test, measured_on = *_divided(used), "held-back samples"
+        statistics = _collect(network, used, heads, seed, (0, 1), providers, threads, shown)
+    if statistics is None:
+        shown.note("no data: only what the weights alone justify is pruned, and quality will be unproven")
+    else:
         network = _at_seen_shapes(network, statistics)
     chosen = _plan(network, statistics, plan, round_to, shown)
     with shown.stage("rewriting", len(chosen.changed)) as advance:
         smaller, losses = apply_plan(network, chosen, statistics, progress=lambda layer: advance(1))
     result = Result(network, smaller, chosen, losses, statistics, source=model)
     if measure:
-        sample = held_back or _synthetic(network)
-        specs = _head_specs(
-            statistics.heads if statistics is not None
-            else calibration.find_heads(network, heads)
-        )  # fmt: skip
-        result.quality, result.proven = (
-            _quality(network, result, sample, specs, providers, threads, shown),
-            bool(held_back),
-        )
-        result.timings = _timings(network, result, sample, providers, threads, shown)
+        found = statistics.heads if statistics is not None else calibration.find_heads(network, heads)
+        result.proven = test is not None
+        sample = test or _synthetic(network)
+        result.quality = measure_quality(network, smaller, sample, head_specs(found), providers, threads, shown)
+        result.measured_on = f"{result.quality.samples} {measured_on if test is not None else 'synthetic inputs'}"
+        result.timings = measure_latency(network, smaller, sample, providers, threads, shown)
+        result.skipped_samples = sample.skipped
+        note_skipped(sample, shown)
     return result
 
 
-def _statistics(
+def _collect(
     network: Network,
-    data: DataSource | Dataset | Statistics | None,
-    options: Mapping[str, object],
+    dataset: Dataset,
     heads: Mapping[str, str] | None,
     seed: int,
+    shard: tuple[int, int],
     providers: Sequence[str],
     threads: int | None,
     progress: Progress,
-) -> tuple[Statistics | None, Dataset | None]:
-    """Statistics, and the samples held back from them."""
-    if data is None or isinstance(data, Statistics):
-        return data, None
-    dataset = open_dataset(data, input_specs(network.model), **options)  # type: ignore[arg-type]
-    progress.note(dataset.describe())
+) -> Statistics:
+    found = calibration.find_heads(network, heads)
+    named = ", ".join(f"{head.output} {head.kind}" for head in found)
+    progress.note(f"heads: {named} ({'as given' if heads else 'assumed; change with --head'})")
+    if next(iter(dataset), None) is None:
+        raise KfeError(f"{dataset.describe()}: no samples to collect statistics on")
+    with progress.stage("collecting", dataset.count()) as advance:
+        return calibration.collect(
+            network,
+            dataset,
+            heads=heads,
+            seed=seed,
+            shard=shard,
+            providers=providers,
+            threads=threads,
+            progress=advance,
+        )
+
+
+def _divided(dataset: Dataset) -> tuple[Dataset, Dataset]:
+    """The samples for the statistics, and those held back from them."""
     count = dataset.count()
-    share = _HELD_BACK if count is None else min(_HELD_BACK, _MOST_HELD_BACK / count)
-    used, held_back = dataset.split(share)
-    statistics = collect(
-        network, used, heads=heads, max_samples=None, seed=seed, providers=providers, threads=threads, progress=progress
-    )
-    return statistics, held_back
+    return dataset.split(_HELD_BACK if count is None else min(_HELD_BACK, _MOST_HELD_BACK / count))
 
 
 def _plan(
@@ -269,88 +253,6 @@ def _at_seen_shapes(network: Network, statistics: Statistics) -> Network:
     return network.with_input_shapes(statistics.input_shapes)
 
 
-def _quality(
-    network: Network,
-    result: Result,
-    dataset: Dataset,
-    heads: Sequence[HeadSpec],
-    providers: Sequence[str],
-    threads: int | None,
-    progress: Progress,
-) -> Quality:
-    with progress.stage("measuring quality", dataset.count()) as advance:
-        return evaluation.evaluate(
-            serialize(result.ir_model), _counted(network, dataset, advance), reference=serialize(network.original),
-            heads=heads, providers=providers, threads=threads,
-        )  # fmt: skip
-
-
-def _timings(
-    network: Network,
-    result: Result,
-    dataset: Dataset,
-    providers: Sequence[str],
-    threads: int | None,
-    progress: Progress,
-) -> list[Timing]:
-    feeds = next(iter(batches(dataset, 1, input_specs(network.model)))).feeds
-    with progress.stage("measuring latency"):
-        return evaluation.benchmark(
-            {"original": serialize(network.original), "pruned": serialize(result.ir_model)}, feeds,
-            providers=providers, threads=threads,
-        )  # fmt: skip
-
-
-def _counted(network: Network, dataset: Dataset, advance):  # type: ignore[no-untyped-def]
-    specs = input_specs(network.model)
-    first = next(iter(dataset.take(1)), None)
-    if first is None:
-        raise UsageError("no samples to measure quality on")
-    size = batch_size(network, {name: array.shape for name, array in first.sample.items()})
-    for batch in batches(dataset, size, specs):
-        yield batch
-        advance(len(batch))
-
-
 def _synthetic(network: Network) -> Dataset:
-    return synthetic_dataset(input_specs(network.model), _SYNTHETIC_SAMPLES, 0, network.input_shapes)
-
-
-def _head_specs(heads: Sequence[calibration.Head]) -> list[HeadSpec]:
-    return [HeadSpec(head.output, head.kind, head.probabilities, head.axis) for head in heads]
-
-
-def _runnable(model: ModelSource) -> bytes | str:
-    """What ONNX Runtime loads; a path stays a path, so that external data are found."""
-    if isinstance(model, str | os.PathLike):
-        inspect(model)  # for the clear errors
-        return os.fspath(model)
-    return serialize(open_network(model).original)
-
-
-def benchmark(
-    models: Sequence[str | os.PathLike[str]],
-    *,
-    batch: int = 1,
-    input_shapes: Shapes | None = None,
-    providers: Sequence[str] = (),
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> list[Timing]:
-    """Time models against each other on the same random inputs, alternated in one run.
-
-    Args:
-        models: Paths; speed is relative to the first.
-        batch: Samples in a run.
-        input_shapes: Shapes of inputs with free axes.
-        providers: Execution providers.
-        threads: Threads.
-        progress: Shows what is going on.
-    """
-    networks = [open_network(path, input_shapes=input_shapes) for path in models]
-    specs = input_specs(networks[0].model)
-    samples = synthetic_dataset(specs, batch, 0, networks[0].input_shapes)
-    feeds = next(iter(batches(samples, batch, specs))).feeds
-    with (progress or Progress()).stage("measuring latency"):
-        paths = {os.fspath(path): os.fspath(path) for path in models}
-        return evaluation.benchmark(paths, feeds, providers=providers, threads=threads)
+    specs = input_specs(network.model)
+    return synthetic_dataset(specs, fixed_batch(specs) or _SYNTHETIC_SAMPLES, 0, network.input_shapes)

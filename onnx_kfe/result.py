@@ -30,7 +30,9 @@ class Result:
         source: The model as it was given.
         quality: Measured quality; None when not measured.
         proven: Whether quality was measured on real samples.
+        measured_on: What quality was measured on, in words.
         timings: Measured latency of original and result; empty when not measured.
+        skipped_samples: The corrupt samples, each named and with what is wrong with it.
     """
 
     network: Network
@@ -41,7 +43,9 @@ class Result:
     source: ModelSource | Network = field(repr=False)
     quality: Quality | None = None
     proven: bool = False
+    measured_on: str = ""
     timings: list[Timing] = field(default_factory=list)
+    skipped_samples: list[str] = field(default_factory=list)
 
     @property
     def model(self) -> ir.Model | onnx.ModelProto:
@@ -64,7 +68,10 @@ class Result:
             "parameters": {"before": before.parameters, "after": count_parameters(self.ir_model)},
             "calibration_samples": self.statistics.samples if self.statistics else 0,
             "predicted_loss": self.predicted_loss,
+            "heads": {head.output: head.kind for head in self.statistics.heads} if self.statistics else {},
+            "input_shapes": {name: list(shape) for name, shape in self.network.input_shapes.items()},
             "quality_proven": self.proven,
+            "quality_on": self.measured_on,
             "quality": self.quality.as_dict() if self.quality else None,
             "timings": [timing.as_dict() for timing in self.timings],
             "layers": {
@@ -72,6 +79,7 @@ class Result:
                 for name, choice in self.plan.choices.items()
             },
             "skipped": self.plan.skipped,
+            "skipped_samples": self.skipped_samples,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:

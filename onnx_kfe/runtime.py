@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,10 @@ from onnx_kfe.errors import KfeError, UsageError
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["create_session", "default_threads", "import_onnxruntime"]
+__all__ = ["create_session", "default_threads", "import_onnxruntime", "reason"]
 
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4  # what else ONNX Runtime would log comes as an exception too
+_PREFIX = re.compile(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )?")
 
 
 def import_onnxruntime() -> Any:
@@ -64,15 +66,17 @@ def create_session(
         )
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     if not optimize:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = str(model) if isinstance(model, Path) else model
     try:
         return runtime.InferenceSession(source, options, providers=list(providers) or ["CPUExecutionProvider"])
     except Exception as error:
-        raise KfeError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
+        raise KfeError(f"ONNX Runtime cannot load the model: {reason(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def reason(error: Exception) -> str:
+    """The first line of what ONNX Runtime says, without its error codes."""
+    lines = _PREFIX.sub("", str(error).strip()).splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,17 +1,24 @@
 """Fixtures shared by all tests."""
 
+import functools
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from onnx_kfe import evaluation
+from onnx_kfe.cli import main
+from onnx_kfe.evaluation import _benchmark
 
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """Folder of the real models and data.
 
-    They are no part of the repository: ``$ONNX_KFE_TEST_ASSETS`` says where they are, by default ``shared/assets`` beside
-    the checkout. Without them the tests that need one are skipped, but in CI that is an error.
+    They are no part of the repository: ``$ONNX_KFE_TEST_ASSETS`` says where they are, by default ``shared/assets``
+    beside the checkout. Without them the tests that need one are skipped, but in CI that is an error.
     """
     folder = Path(os.environ.get("ONNX_KFE_TEST_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
     if not (folder / "models").is_dir():
@@ -20,3 +27,33 @@ def assets() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Runs a command line in this process, in a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def quick_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latency from two runs, and load time and memory made up: tests/evaluation has the real ones."""
+    quick = functools.partial(evaluation.benchmark, seconds=0.0, min_runs=2, warmup=1)
+    monkeypatch.setattr(evaluation, "benchmark", quick)
+    monkeypatch.setattr(_benchmark, "_measure_alone", lambda *arguments: (0.01, 2**20))

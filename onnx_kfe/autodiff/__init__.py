@@ -15,6 +15,7 @@ from onnx_kfe.autodiff import (
     _pooling,
     _reduction,
     _resize,
+    _trigonometric,
 )
 from onnx_kfe.autodiff._driver import Gradients, append_gradients
 from onnx_kfe.autodiff._emitter import Emitter
@@ -23,4 +24,4 @@ __all__ = ["Emitter", "Gradients", "append_gradients"]
 
 # Imported for the rules they register.
 del _arithmetic, _convolution, _elementwise, _indexing, _linear, _movement
-del _nondifferentiable, _normalization, _pooling, _reduction, _resize
+del _nondifferentiable, _normalization, _pooling, _reduction, _resize, _trigonometric

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_kfe.autodiff._registry import RULES, ZERO_GRADIENT, Backward, Cotangents, Declined
+from onnx_kfe.autodiff._sizes import unify_sizes
 
 __all__ = ["Gradients", "append_gradients"]
 
@@ -43,6 +44,7 @@ def append_gradients(graph: ir.Graph, seeds: Mapping[ir.Value, ir.Value], wanted
         The cotangent of each wanted value, or the reason why it has none. An operator without a rule is such a reason
         for the values above it, never an error.
     """
+    unify_sizes(graph)
     nodes = list(graph)
     active = _active(nodes, wanted)
     reaching = _reaching(nodes, seeds)
@@ -102,7 +104,7 @@ class _Sweep:
                 continue
             if cotangent is not None:
                 self._contributions.setdefault(operand, []).append(cotangent)
-            elif _is_floating(operand):
+            elif _passes_on(node, index):
                 lacking = f"no gradient rule for input {index} of {node.op_type} (node '{node.name}')"
                 self.blocked.setdefault(operand, lacking)
 
@@ -141,12 +143,20 @@ def _reaching(nodes: Sequence[ir.Node], heads: Mapping[ir.Value, ir.Value]) -> s
 
 def _differentiable_inputs(node: ir.Node) -> Iterator[ir.Value]:
     """The values whose small changes a node passes on, those used inside its bodies included."""
-    if node.domain in _ONNX and node.op_type in ZERO_GRADIENT:
-        return
-    if not any(map(_is_floating, node.outputs)):
-        return
-    yield from (value for value in node.inputs if value is not None and _is_floating(value))
-    yield from filter(_is_floating, _captured(node))
+    if any(map(_is_floating, node.outputs)):
+        yield from (value for index, value in enumerate(node.inputs) if value is not None and _passes_on(node, index))
+        yield from filter(_is_floating, _captured(node))
+
+
+def _passes_on(node: ir.Node, index: int) -> bool:
+    """Whether a small change of an input may change the outputs."""
+    value = node.inputs[index]
+    if value is None or not _is_floating(value):
+        return False
+    if node.domain not in _ONNX or node.op_type not in ZERO_GRADIENT:
+        return True
+    inputs = ZERO_GRADIENT[node.op_type]
+    return inputs is not None and index not in inputs
 
 
 def _captured(node: ir.Node) -> Iterator[ir.Value]:

@@ -134,7 +134,7 @@ class Emitter:
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """An initializer that holds an array."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # unlike ascontiguousarray it leaves a scalar a scalar
         key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
             name = self.unique("constant")
@@ -182,7 +182,7 @@ class Emitter:
             target = self.ints(*(size if isinstance(size, int) else -1 for size in sizes))
         else:
             target = self.shape_of(like)
-        return self.op("Reshape", value, target, like=like, dtype=self.dtype(value))
+        return self.op("Reshape", value, target, like=like, dtype=self.dtype(value), allowzero=int(0 in (sizes or ())))
 
     def expand_like(self, value: ir.Value, like: ir.Value) -> ir.Value:
         """A value broadcast to the shape of `like`."""

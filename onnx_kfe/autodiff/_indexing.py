@@ -55,9 +55,11 @@ def _put_back(
     rank = len(sizes_of(x) or ())
     shape = list(sizes_of(y) or [None] * rank)
     begins, ends = [0] * rank, [0] * rank
+    if not all(map(len, picked.values())):
+        return backward.zeros_like(x)
     for axis, positions in picked.items():
         (size,) = static_sizes(x, [axis], "Slice")
-        if len(positions) and np.array_equal(positions, np.arange(positions[0], positions[0] + len(positions))):
+        if np.array_equal(positions, np.arange(positions[0], positions[0] + len(positions))):
             begins[axis], ends[axis] = int(positions[0]), size - 1 - int(positions[-1])
         else:
             cotangent, shape = map_axis(backward, cotangent, shape, axis, selection(positions, size))

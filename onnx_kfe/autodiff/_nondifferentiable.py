@@ -8,5 +8,6 @@ zero_gradient(
     *("Shape", "Size", "ConstantOfShape", "Floor", "Ceil", "Round", "Sign", "ArgMax", "ArgMin", "Hardmax"),
     *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not", "IsInf", "IsNaN"),
     *("NonZero", "Range", "EyeLike", "Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike"),
-    *("NonMaxSuppression"),
+    "NonMaxSuppression",
 )
+zero_gradient("CastLike", inputs=[1])

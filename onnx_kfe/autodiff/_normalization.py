@@ -20,7 +20,7 @@ def batch_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) 
         raise Declined("no gradient rule for BatchNormalization in training mode or of an input of unknown rank")
     if not backward.needs(x):
         return []
-    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    epsilon = _epsilon(node)
     column = (-1, *[1] * (len(sizes) - 2))
     known_scale, known_variance = constant_of(scale), constant_of(variance)
     if known_scale is not None and known_variance is not None:
@@ -44,7 +44,7 @@ def layer_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) 
     axes = list(range(node.attributes.get_int("axis", -1) % len(sizes), len(sizes)))
     scaled = backward.op("Mul", cotangent, scale, like=x)
     if backward.dtype(x) != ir.DataType.FLOAT:
-        return [_through(backward, x, scaled, axes, node.attributes.get_float("epsilon", 1e-5))]
+        return [_through(backward, x, scaled, axes, _epsilon(node))]
     mean, inverse = _statistics(backward, node)
     normalized = backward.op("Mul", backward.op("Sub", x, mean, like=x), inverse, like=x)
     return [_project(backward, scaled, normalized, inverse, axes)]
@@ -72,16 +72,67 @@ def instance_normalization(backward: Backward, node: ir.Node, cotangent: ir.Valu
         return []
     column = backward.op("Reshape", scale, backward.ints(-1, *[1] * (len(sizes) - 2)))
     scaled = backward.op("Mul", cotangent, column, like=x)
-    return [_through(backward, x, scaled, range(2, len(sizes)), node.attributes.get_float("epsilon", 1e-5))]
+    return [_through(backward, x, scaled, range(2, len(sizes)), _epsilon(node))]
+
+
+@vjp("GroupNormalization")
+def group_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """Over the channels of a group and the spatial axes, with a scale for each channel (opset 21)."""
+    x, scale = operand(node, 0), operand(node, 1)
+    sizes, groups = sizes_of(x), node.attributes.get_int("num_groups", 1)
+    if sizes is None or sizes_of(scale) != (sizes[1],):
+        raise Declined("no gradient rule for GroupNormalization with a scale for each group")
+    if not backward.needs(x):
+        return []
+    column = backward.op("Reshape", scale, backward.ints(-1, *[1] * (len(sizes) - 2)))
+    scaled = backward.op("Mul", cotangent, column, like=x)
+    apart = backward.ints(0, groups, -1)
+    by_group = backward.op("Reshape", x, apart, shape=(sizes[0], groups, None))
+    scaled_by_group = backward.op("Reshape", scaled, apart, shape=(sizes[0], groups, None))
+    return [backward.reshape_like(_through(backward, by_group, scaled_by_group, [2], _epsilon(node)), x)]
+
+
+@vjp("RMSNormalization")
+def rms_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """`inverse (g - n mean (g n))`: the scale alone is divided out."""
+    x, scale = operand(node, 0), operand(node, 1)
+    sizes = sizes_of(x)
+    if sizes is None:
+        raise Declined("no gradient rule for RMSNormalization of an input of unknown rank")
+    if not backward.needs(x):
+        return []
+    axes = list(range(node.attributes.get_int("axis", -1) % len(sizes), len(sizes)))
+    scaled = backward.op("Mul", cotangent, scale, like=x)
+    inverse = _inverse_deviation(backward, x, axes, _epsilon(node))
+    normalized = backward.op("Mul", x, inverse, like=x)
+    return [backward.op("Mul", _without(backward, scaled, normalized, axes), inverse, like=x)]
+
+
+@vjp("LpNormalization")
+def lp_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """`(g - dn sum (g y)) / n` with `n` the norm and `dn` its derivative."""
+    x, y = operand(node, 0), node.outputs[0]
+    axis = backward.ints(node.attributes.get_int("axis", -1))
+    euclidean = node.attributes.get_int("p", 2) == 2
+    norm = backward.op("ReduceL2" if euclidean else "ReduceL1", x, axis, keepdims=1)
+    slope = y if euclidean else backward.op("Sign", x, like=x)
+    overlap = backward.op("ReduceSum", backward.op("Mul", cotangent, y, like=x), axis, keepdims=1)
+    rest = backward.op("Sub", cotangent, backward.op("Mul", slope, overlap, like=x), like=x)
+    return [backward.op("Div", rest, norm, like=x)]
 
 
 def _through(backward: Backward, x: ir.Value, scaled: ir.Value, axes: Sequence[int], epsilon: float) -> ir.Value:
     """Through `(x - mean) / sqrt(variance + epsilon)`, the statistics computed again."""
     centred = backward.op("Sub", x, _mean(backward, x, axes), like=x)
-    variance = _mean(backward, backward.op("Mul", centred, centred, like=x), axes)
-    deviation = backward.op("Sqrt", backward.op("Add", variance, backward.number(epsilon, x)))
-    inverse = backward.op("Reciprocal", deviation)
+    inverse = _inverse_deviation(backward, centred, axes, epsilon)
     return _project(backward, scaled, backward.op("Mul", centred, inverse, like=x), inverse, axes)
+
+
+def _inverse_deviation(backward: Backward, value: ir.Value, axes: Sequence[int], epsilon: float) -> ir.Value:
+    """`1 / sqrt(mean value^2 + epsilon)`."""
+    square = _mean(backward, backward.op("Mul", value, value, like=value), axes)
+    deviation = backward.op("Sqrt", backward.op("Add", square, backward.number(epsilon, value)))
+    return backward.op("Reciprocal", deviation)
 
 
 def _project(
@@ -89,9 +140,17 @@ def _project(
 ) -> ir.Value:
     """`inverse (g - mean g - n mean (g n))`: the part of `g` that a shift and a scale of the input cannot undo."""
     centred = backward.op("Sub", scaled, _mean(backward, scaled, axes), like=scaled)
-    overlap = _mean(backward, backward.op("Mul", scaled, normalized, like=scaled), axes)
-    aligned = backward.op("Mul", normalized, overlap, like=scaled)
-    return backward.op("Mul", backward.op("Sub", centred, aligned, like=scaled), inverse, like=scaled)
+    return backward.op("Mul", _without(backward, centred, normalized, axes), inverse, like=scaled)
+
+
+def _without(backward: Backward, value: ir.Value, normalized: ir.Value, axes: Sequence[int]) -> ir.Value:
+    """A value less its part along a normalised one."""
+    overlap = _mean(backward, backward.op("Mul", value, normalized, like=value), axes)
+    return backward.op("Sub", value, backward.op("Mul", normalized, overlap, like=value), like=value)
+
+
+def _epsilon(node: ir.Node) -> float:
+    return node.attributes.get_float("epsilon", 1e-5)
 
 
 def _mean(backward: Backward, value: ir.Value, axes: Sequence[int]) -> ir.Value:

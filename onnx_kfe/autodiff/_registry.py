@@ -58,7 +58,8 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
-ZERO_GRADIENT: set[str] = set()
+ZERO_GRADIENT: dict[str, frozenset[int] | None] = {}
+"""For operators that do not pass small changes on: the inputs that is true of, or None for all."""
 
 
 def vjp(*op_types: str, every_output: bool = False) -> Callable[[Callable[..., Cotangents]], Callable[..., Cotangents]]:
@@ -79,6 +80,6 @@ def operand(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-def zero_gradient(*op_types: str) -> None:
-    """Register operators that no small change of an input changes."""
-    ZERO_GRADIENT.update(op_types)
+def zero_gradient(*op_types: str, inputs: Sequence[int] | None = None) -> None:
+    """Register operators whose outputs no small change of an input, or of some of the inputs, changes."""
+    ZERO_GRADIENT.update(dict.fromkeys(op_types, None if inputs is None else frozenset(inputs)))

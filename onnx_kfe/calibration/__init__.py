@@ -5,7 +5,7 @@ from onnx_kfe.calibration._collect import batch_size, collect, input_specs
 from onnx_kfe.calibration._data import Dataset, DataSource, Item, open_dataset
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads, sample_noise
 from onnx_kfe.calibration._images import ImageOptions, image_preset
-from onnx_kfe.calibration._inputs import InputSpec, Sample
+from onnx_kfe.calibration._inputs import InputSpec, Sample, fixed_batch
 from onnx_kfe.calibration._instrument import find_heads
 from onnx_kfe.calibration._statistics import LayerStatistics, Statistics, merge
 from onnx_kfe.calibration._synthetic import synthetic_dataset
@@ -28,6 +28,7 @@ __all__ = [
     "collect",
     "detect_heads",
     "find_heads",
+    "fixed_batch",
     "image_preset",
     "input_specs",
     "merge",

@@ -48,7 +48,7 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
 
 
 def batch_size(network: Network, input_shapes: Mapping[str, Sequence[int]]) -> int:
-    """Samples run together, a function of the model and its input shapes alone, so that shards divide the data alike."""
+    """Samples run together: a function of the model and its input shapes, so that shards divide the data alike."""
     shapes = concrete_shapes(network.model, nominal_input_shapes(network.model, input_shapes))
     return int(np.clip(_ACTIVATION_BUDGET // (3 * max(activation_bytes(network.model, shapes), 1)), 1, _LARGEST_BATCH))
 
@@ -93,27 +93,28 @@ def collect(
     scaled = forward.scaled_heads(itertools.islice(_blocks(data, size, specs), -(-_SCALE_SAMPLES // size)))
     instrumented = instrument(copy, network.prunable, scaled)
     session = create_session(instrumented.model, providers=providers, threads=threads)
-    sums: dict[str, LayerStatistics] = {}
+    sums = {probe.layer.name: _Sums(probe) for probe in instrumented.probes}
     samples = 0
     names = [name for probe in instrumented.probes for name in probe.outputs]
     for block, batch in _blocks(data, size, specs, shard):
         feeds = _feeds(session, batch, forward, scaled, seed, block)
         results = dict(zip(names, _run(session, names, feeds), strict=True))
-        for probe in instrumented.probes:
-            _accumulate(sums, probe, results, len(batch))
+        for layer in sums.values():
+            layer.add(results, len(batch))
         samples += len(batch)
         progress(len(batch))
     if samples == 0:
         raise KfeError(f"{data.describe()}: no samples in shard {index}/{count}")
     return Statistics(
-        network.fingerprint, seed, samples, scaled, shapes, sums, instrumented.skipped, [(index, count)]
+        network.fingerprint, seed, samples, scaled, shapes,
+        {name: layer.statistics() for name, layer in sums.items()}, instrumented.skipped, [(index, count)],
     )  # fmt: skip
 
 
 def _blocks(
     data: Dataset, size: int, specs: Sequence[InputSpec], shard: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[int, Batch]]:
-    """Batches that never straddle a block of consecutive indices, so that any shard sees the batches of the single run."""
+    """Batches within blocks of consecutive indices, so that any shard sees the batches of the single run."""
     fixed = fixed_batch(specs) or 1
     length = size if fixed == 1 else 16 * fixed
     index, count = shard
@@ -129,7 +130,8 @@ def _feeds(
     shapes = forward.sample_shapes(batch)
     drawn = [sample_noise(heads, shapes, seed, int(index)) for index in batch.indices]
     noise = {noise_input(head): np.concatenate([row[place] for row in drawn]) for place, head in enumerate(heads)}
-    phase = np.random.Generator(np.random.Philox(key=np.array([seed, block], np.uint64))).integers(0, 2**20, 2)
+    first = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64))).integers(0, 2**20, 2)
+    phase = first + block  # successive batches take successive rows, so that all are taken equally often
     feeds = {**batch.feeds, **noise, PHASE_INPUT: phase}
     return {value.name: feeds[value.name] for value in session.get_inputs()}
 
@@ -142,30 +144,53 @@ def _run(session: Any, names: list[str], feeds: dict[str, np.ndarray]) -> list[n
         raise KfeError(f"the instrumented model failed in ONNX Runtime: {reason}") from error
 
 
-def _accumulate(sums: dict[str, LayerStatistics], probe: Probe, results: dict[str, Any], samples: int) -> None:
-    """Add a batch, scaled from the positions on the grid to all positions, patches put in channel-major order."""
-    layer = probe.layer
-    geometry = layer.geometry
-    assert geometry is not None
-    patch, out = geometry.patch_size, geometry.out_channels // geometry.groups
-    positions = int(results[probe.output_size]) / geometry.out_channels
-    seen_inputs = int(results[probe.input_size]) / (patch * geometry.groups)
-    seen_cotangents = int(results[probe.cotangent_size]) / geometry.out_channels
-    moment = _finite(results[probe.input_second_moment], layer.name, "input")
-    total = _finite(results[probe.input_sum], layer.name, "input")
-    cotangent = _finite(results[probe.cotangent_second_moment], layer.name, "gradient")
-    order = np.arange(patch).reshape(geometry.taps, -1).T.reshape(-1)  # channel-major place -> tap-major place
-    added = LayerStatistics(
-        moment.reshape(geometry.groups, patch, patch)[:, order[:, None], order] * (positions / seen_inputs),
-        total.reshape(geometry.groups, patch)[:, order] * (positions / seen_inputs),
-        cotangent.reshape(geometry.groups, out, out) * (positions / seen_cotangents),
-        positions,
-        samples,
-    )
-    sums[layer.name] = sums[layer.name] + added if layer.name in sums else added
+class _Sums:
+    """Sums of one layer over batches, each scaled from the positions on its grid to all positions.
+
+    Patches stay in the order of the graph, tap-major, until the end: the permutation costs more than the addition.
+    """
+
+    def __init__(self, probe: Probe) -> None:
+        geometry = probe.layer.geometry
+        assert geometry is not None
+        self._probe, self._geometry = probe, geometry
+        self._patch, self._out = geometry.patch_size, geometry.out_channels // geometry.groups
+        self._inputs = np.zeros((geometry.groups, self._patch, self._patch))
+        self._total = np.zeros((geometry.groups, self._patch))
+        self._cotangents = np.zeros((geometry.groups, self._out, self._out))
+        self._positions = 0.0
+        self._samples = 0
+
+    def add(self, results: Mapping[str, np.ndarray], samples: int) -> None:
+        """Add a batch of outputs of the instrumented graph."""
+        probe, geometry = self._probe, self._geometry
+        positions = results[probe.output_size].item() / geometry.out_channels
+        taken = results[probe.input_size].item() / (self._patch * geometry.groups)
+        taken_cotangents = results[probe.cotangent_size].item() / geometry.out_channels
+        _add_scaled(self._inputs, results[probe.input_second_moment], positions / taken)
+        _add_scaled(self._total, results[probe.input_sum], positions / taken)
+        _add_scaled(self._cotangents, results[probe.cotangent_second_moment], positions / taken_cotangents)
+        self._positions += positions
+        self._samples += samples
+        # Squares on the diagonal cannot cancel, so it shows whatever is not finite.
+        for sums, what in ((self._inputs, "input"), (self._cotangents, "gradient")):
+            if not np.isfinite(np.einsum("gii->gi", sums)).all():
+                raise KfeError(
+                    f"layer '{probe.layer.name}': NaN or infinity in its {what}; "
+                    "check the calibration data, or --exclude the layer"
+                )
+
+    def statistics(self) -> LayerStatistics:
+        """The sums with patches in channel-major order."""
+        kernel, taps = self._geometry.kernel, self._geometry.taps
+        stacked = np.arange(taps).reshape(kernel[::-1]).T.reshape(-1)  # the graph stacks the last axis outermost
+        channels = self._patch // taps
+        order = (np.arange(channels)[:, None] + channels * stacked).reshape(-1)
+        return LayerStatistics(
+            self._inputs[:, order[:, None], order], self._total[:, order], self._cotangents,
+            self._positions, self._samples,
+        )  # fmt: skip
 
 
-def _finite(array: np.ndarray, layer: str, what: str) -> np.ndarray:
-    if not np.isfinite(array).all():
-        raise KfeError(f"layer '{layer}': NaN or infinity in its {what}; check the calibration data, or --exclude it")
-    return array.astype(np.float64)
+def _add_scaled(sums: np.ndarray, added: np.ndarray, scale: float) -> None:
+    sums += np.multiply(added.reshape(sums.shape), scale, dtype=np.float64)

@@ -20,9 +20,9 @@ from onnx_kfe.calibration._readers_streams import (
     calls,
     import_function,
     is_function_name,
-    iterates,
+    iterable_source,
     list_source,
-    reads,
+    reader_source,
 )
 from onnx_kfe.calibration._readers_tensors import TEST_DATA
 from onnx_kfe.calibration._source import Concatenation, CorruptSample, PathReader, Request, Source
@@ -86,8 +86,8 @@ class _Corrupt:
 class Dataset:
     """Samples for a model, read lazily: memory does not grow with their number.
 
-    Iterating yields an `Item` for each sample. It starts afresh each time, unless the source is a one-shot iterator,
-    where the second time raises `UsageError`. Subsets share the source and never read what they leave out.
+    Iterating yields an `Item` for each sample and starts afresh each time; what comes only once, such as a generator,
+    is spooled to disk. Subsets share the source and never read what they leave out.
 
     Corrupt images are left out and listed in `skipped`; more than 1 % of them raise `KfeError` as soon as that is
     certain.
@@ -260,14 +260,14 @@ def _open(source: Any, request: Request) -> Source:
     if isinstance(source, Mapping):
         return array_source(source, request.inputs, "the arrays")
     if callable(getattr(source, "get_next", None)):
-        return StreamSource(type(source).__name__, reads(source), request.inputs)
+        return reader_source(source, request.inputs)
     if isinstance(source, (list, tuple)):
         if source and all(isinstance(part, (str, os.PathLike)) for part in source):
             parts = [_open_name(part, request) for part in source]
             return parts[0] if len(parts) == 1 else Concatenation(parts)
         return list_source(source, request.inputs)
     if isinstance(source, Iterable):
-        return StreamSource(type(source).__name__, iterates(source), request.inputs)
+        return iterable_source(source, request.inputs)
     if callable(source):
         name = getattr(source, "__qualname__", type(source).__name__)
         return StreamSource(name, calls(source, name), request.inputs)

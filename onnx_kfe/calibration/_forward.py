@@ -65,7 +65,7 @@ class Forward:
         return self._known[key]
 
     def scaled_heads(self, numbered: Iterable[tuple[int, Batch]]) -> list[Head]:
-        """The heads, Gaussian ones in units of their own standard deviation over the batches, so that all weigh alike."""
+        """The heads, Gaussian ones in units of their standard deviation over the batches, so that all weigh alike."""
         gaussian = [head for head in self._heads if head.kind == "gaussian"]
         if not gaussian:
             return self._heads

@@ -1,7 +1,7 @@
 """Heads: model outputs with a probability model attached, from which the Fisher samples its targets.
 
-A kind is one entry of `HEAD_KINDS`: the noise it samples with and the cotangent of ``-log p(y_hat | x)`` at the value it
-is differentiated from. Labels are never needed: ``y_hat`` is drawn from the model's own output distribution.
+A kind is one entry of `HEAD_KINDS`: the noise it samples with and the cotangent of ``-log p(y_hat | x)`` at the value
+it is differentiated from. Labels are never needed: ``y_hat`` is drawn from the model's own output distribution.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The instrumented graph: forward, backward and covariances in one model, so that only small matrices come out of it."""
+"""The instrumented graph: forward, backward and covariances in one model, of which only small matrices come out."""
 
 from __future__ import annotations
 

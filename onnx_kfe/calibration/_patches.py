@@ -1,49 +1,55 @@
 """Second moments of patches and cotangents as nodes of the graph.
 
 The covariance of a ``k x k`` patch costs up to ``k^2`` times the convolution that it describes when every position is
-used. Positions are therefore taken on a strided grid whose phase changes from batch to batch, so that a covariance costs
-about as much as the layer itself; sums are scaled up to all positions when they are accumulated.
+used. Positions are therefore thinned, whole rows at a time because rows are contiguous in memory, and the rows taken
+change from batch to batch, so that both covariances cost a fraction of the layer itself. Sums are scaled up to all
+positions when they are accumulated.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.autodiff import Emitter
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Layer
+from onnx_kfe.graph import Geometry, Layer
 
 __all__ = ["emit_cotangents", "emit_inputs", "grid_strides"]
 
-_COST = 1.0  # MACs of a covariance as a multiple of the layer's own
+_INPUT_COST = 0.25  # MACs of the input covariance as a multiple of the layer's own
+_OUTPUT_COST = 0.1  # and of the output covariance
 _FEWEST = 4  # positions of a sample taken at least
+_UNKNOWN = 2**10  # positions along an axis of unknown extent, when deciding how many of them to take
+_INT64 = ir.DataType.INT64
+_FLOAT = ir.DataType.FLOAT
+
+Moments = tuple[ir.Value, ir.Value, ir.Value]
 
 
 def grid_strides(extent: Sequence[int | None], share: float) -> tuple[int, ...]:
-    """Strides of a grid that takes about `share` of the positions, coarsest along the longest axis.
+    """Strides of a grid that takes about `share` of the positions: along the first axis as far as it goes, then on.
 
     Args:
-        extent: Positions along each axis; None where unknown, taken for long.
+        extent: Positions along each axis; None where unknown.
         share: Share wanted, in (0, 1].
     """
-    sizes = [size if size is not None else 2**10 for size in extent]
-    strides = [1] * len(sizes)
-    while sizes and math.prod(strides) < 1 / share:
-        axis = max(range(len(sizes)), key=lambda j: sizes[j] / strides[j])
-        if math.prod(-(-n // s) for n, s in zip(sizes, strides, strict=True)) < 2 * _FEWEST:
-            break
-        strides[axis] += 1
+    sizes = [_UNKNOWN if size is None else size for size in extent]
+    share = max(share, min(1.0, _FEWEST / math.prod(sizes)))
+    strides = []
+    for size in sizes:
+        stride = min(size, max(1, round(1 / share)))
+        strides.append(stride)
+        share = min(1.0, share * size / -(-size // stride))
     return tuple(strides)
 
 
-def emit_inputs(
-    emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir.Value
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Sum of ``x x^T`` ``[groups, i, i]``, sum of x ``[groups, i]`` and element count, of the patches on the grid.
+def emit_inputs(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir.Value) -> Moments:
+    """Sum of ``x x^T``, sum of x and element count of the patches on the grid, tap-major with the last axis slowest.
 
     Args:
         emit: Where the nodes go.
@@ -52,73 +58,132 @@ def emit_inputs(
         y: Its output, whose extent the grid covers.
         phase: Two int64 that move the grid.
 
+    Returns:
+        ``[groups, i, i]`` or ``[i, i]``, ``[groups, i]`` or ``[i]``, and a scalar.
+
     Raises:
         KfeError: The geometry cannot be expressed; the message is the reason to skip the layer.
     """
-    geometry = layer.geometry
-    assert geometry is not None
-    share = min(1.0, _COST * geometry.out_channels / geometry.groups / geometry.patch_size)
+    geometry = _geometry(layer)
+    share = min(1.0, _INPUT_COST * geometry.out_channels / geometry.groups / geometry.patch_size)
     if layer.op_type != "Conv":
-        rows = _rows(emit, x, geometry.in_channels, share, phase)
-        return _row_moments(emit, rows)
-    patches = _patches(emit, layer, x, y, share, phase)
-    columns = _columns(emit, patches, geometry.groups, geometry.taps, geometry.in_channels // geometry.groups)
-    return _column_moments(emit, columns)
+        return _row_moments(emit, _rows(emit, x, geometry.in_channels, share, phase))
+    patches = _patches(emit, layer, x, y, grid_strides(_extent(y), share), phase)
+    return _column_moments(emit, patches, geometry.groups, geometry.taps, geometry.in_channels)
 
 
-def emit_cotangents(emit: Emitter, layer: Layer, g: ir.Value, phase: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Sum of ``g g^T`` ``[groups, o, o]`` and element count on the grid, and the element count of all of g."""
-    geometry = layer.geometry
-    assert geometry is not None
-    total = emit.op("Size", g, dtype=ir.DataType.INT64, shape=())
-    share = min(1.0, _COST * geometry.patch_size / (geometry.out_channels / geometry.groups))
+def emit_cotangents(emit: Emitter, layer: Layer, g: ir.Value, phase: ir.Value) -> Moments:
+    """Sum of ``g g^T`` on the grid, its element count, and the element count of all of g.
+
+    Args:
+        emit: Where the nodes go.
+        layer: The layer.
+        g: Cotangent of its output.
+        phase: Two int64 that move the grid.
+    """
+    geometry = _geometry(layer)
+    total = emit.op("Size", g, dtype=_INT64, shape=())
+    share = min(1.0, _OUTPUT_COST * geometry.patch_size / (geometry.out_channels / geometry.groups))
     if layer.op_type != "Conv":
         moment, _, size = _row_moments(emit, _rows(emit, g, geometry.out_channels, share, phase))
         return moment, size, total
+    g = _float32(emit, g)
     extent = _extent(g)
-    strides = grid_strides(extent, share)
-    if math.prod(strides) > 1:
-        starts = _phases(emit, g, extent, strides, phase)
-        ends = emit.ints(*[2**31 - 1] * len(strides))
-        g = _slice(emit, g, starts, ends, strides)
-    columns = _columns(emit, g, geometry.groups, 1, geometry.out_channels // geometry.groups)
-    moment, _, size = _column_moments(emit, columns)
+    for axis, stride in enumerate(grid_strides(extent, share)):
+        g = _thin(emit, g, axis, stride, phase)
+    columns = emit.op("Transpose", g, perm=[1, 0, *range(2, 2 + len(extent))])
+    moment, _, size = _column_moments(emit, columns, geometry.groups, 1, geometry.out_channels)
     return moment, size, total
 
 
-def _patches(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, share: float, phase: ir.Value) -> ir.Value:
-    """``[N, taps * C, *grid]``, tap-major: one strided slice of the padded input for each tap."""
-    geometry = layer.geometry
-    assert geometry is not None
+def _geometry(layer: Layer) -> Geometry:
+    assert layer.geometry is not None
+    return layer.geometry
+
+
+def _patches(
+    emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, strides: Sequence[int], phase: ir.Value
+) -> ir.Value:
+    """``[taps, C, N, *grid]``: rows are gathered once for all taps, the other axes sliced once for each of theirs."""
+    geometry = _geometry(layer)
     spatial = len(geometry.kernel)
     dilations = layer.node.attributes.get_ints("dilations", [1] * spatial)
     pads = _pads(layer, x, dilations)
-    if any(pads):
-        begin, end = pads[:spatial], pads[spatial:]
-        x = emit.op("Pad", _float32(emit, x), emit.ints(0, 0, *begin, 0, 0, *end))
-    else:
-        x = _float32(emit, x)
-    extent = _extent(y)
-    strides = grid_strides(extent, share)
-    if geometry.taps == 1 and math.prod(strides) == 1 and math.prod(geometry.strides) == 1:
-        return x
-    layer_strides = emit.ints(*geometry.strides)
-    first = emit.op("Mul", _phases(emit, y, extent, strides, phase), layer_strides, dtype=ir.DataType.INT64)
-    last = emit.op("Mul", _last_position(emit, y, extent), layer_strides, dtype=ir.DataType.INT64)
-    steps = [a * b for a, b in zip(strides, geometry.strides, strict=True)]
+    axes = [
+        _Axis(j, geometry.kernel[j], geometry.strides[j], dilations[j], pads[j], pads[spatial + j], strides[j])
+        for j in range(spatial)
+    ]
+    x = _float32(emit, x)
+    first = axes[0]
+    x = emit.op("Unsqueeze", x, emit.ints(2)) if first.trivial else _gather_rows(emit, x, y, first, spatial, phase)
+    x = emit.op("Transpose", x, perm=[2, 1, 0, *range(3, 3 + spatial)])  # [taps of the first axis, C, N, rows, ...]
+    for axis in axes[1:]:
+        x = x if axis.trivial else _slice_taps(emit, x, y, axis, spatial, phase)
+    return x
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A spatial axis of a convolution, and the stride of the grid along it."""
+
+    index: int
+    kernel: int
+    stride: int
+    dilation: int
+    begin: int
+    end: int
+    grid: int
+
+    @property
+    def trivial(self) -> bool:
+        """Whether every output position reads just the input at the same place."""
+        return self.kernel == self.stride == self.grid == 1 and not (self.begin or self.end)
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each tap is, relative to the first."""
+        return [tap * self.dilation for tap in range(self.kernel)]
+
+
+def _gather_rows(emit: Emitter, x: ir.Value, y: ir.Value, axis: _Axis, spatial: int, phase: ir.Value) -> ir.Value:
+    """``[N, C, taps, rows, ...]``; rows in the padding are zeroed, which is cheaper than to pad all of x."""
+    positions = emit.op("Unsqueeze", _positions(emit, y, 0, axis.grid, phase), emit.ints(0), dtype=_INT64)
+    shifts = emit.constant(np.array(axis.offsets, np.int64)[:, None] - axis.begin)
+    rows = emit.op("Mul", positions, emit.ints(axis.stride), dtype=_INT64)
+    rows = emit.op("Add", rows, shifts, dtype=_INT64)
+    if not (axis.begin or axis.end):
+        return emit.op("Gather", x, rows, axis=2)
+    last = emit.op("Sub", emit.size_of(x, 2), emit.ints(1), dtype=_INT64)
+    inside = emit.op("Max", emit.op("Min", rows, last, dtype=_INT64), emit.ints(0), dtype=_INT64)
+    real = emit.op("Cast", emit.op("Equal", rows, inside, dtype=ir.DataType.BOOL), dtype=_FLOAT, to=int(_FLOAT))
+    if spatial > 1:
+        real = emit.op("Unsqueeze", real, emit.ints(*range(2, 1 + spatial)))
+    return emit.op("Mul", emit.op("Gather", x, inside, axis=2), real)
+
+
+def _slice_taps(emit: Emitter, x: ir.Value, y: ir.Value, axis: _Axis, spatial: int, phase: ir.Value) -> ir.Value:
+    """``[taps, C, N, rows, ...]`` with a further axis sliced for each of its taps, stacked on the first axis."""
+    place = 3 + axis.index
+    if axis.begin or axis.end:
+        widths = np.zeros((2, 3 + spatial), np.int64)
+        widths[:, place] = axis.begin, axis.end
+        x = emit.op("Pad", x, emit.constant(widths.reshape(-1)))
+    stride = emit.ints(axis.stride)
+    first = emit.op("Mul", _start(emit, y, axis.index, axis.grid, phase), stride, dtype=_INT64)
+    last = emit.op("Sub", emit.size_of(y, 2 + axis.index), emit.ints(1), dtype=_INT64)
+    last = emit.op("Mul", last, stride, dtype=_INT64)
     slices = []
-    for tap in itertools.product(*map(range, geometry.kernel)):
-        offset = [k * d for k, d in zip(tap, dilations, strict=True)]
-        starts = emit.op("Add", first, emit.ints(*offset), dtype=ir.DataType.INT64)
-        ends = emit.op("Add", last, emit.ints(*(o + 1 for o in offset)), dtype=ir.DataType.INT64)
-        slices.append(_slice(emit, x, starts, ends, steps))
-    return emit.op("Concat", *slices, axis=1) if len(slices) > 1 else slices[0]
+    for offset in axis.offsets:
+        start = emit.op("Add", first, emit.ints(offset), dtype=_INT64)
+        end = emit.op("Add", last, emit.ints(offset + 1), dtype=_INT64)
+        step = emit.ints(axis.stride * axis.grid)
+        slices.append(emit.op("Slice", x, start, end, emit.ints(place), step))
+    return emit.op("Concat", *slices, axis=0) if len(slices) > 1 else slices[0]
 
 
 def _pads(layer: Layer, x: ir.Value, dilations: Sequence[int]) -> list[int]:
     attributes = layer.node.attributes
-    geometry = layer.geometry
-    assert geometry is not None
+    geometry = _geometry(layer)
     mode = attributes.get_string("auto_pad", "NOTSET")
     if mode == "NOTSET":
         return list(attributes.get_ints("pads", [0] * 2 * len(geometry.kernel)))
@@ -130,8 +195,7 @@ def _pads(layer: Layer, x: ir.Value, dilations: Sequence[int]) -> list[int]:
             raise KfeError(f"auto_pad {mode} with a stride and a free input size")
         reach = d * (k - 1) + 1
         total = reach - 1 if s == 1 or size is None else max((-(-size // s) - 1) * s + reach - size, 0)
-        small = total // 2
-        begin.append(small if mode == "SAME_UPPER" else total - small)
+        begin.append(total // 2 if mode == "SAME_UPPER" else total - total // 2)
         end.append(total - begin[-1])
     return begin + end
 
@@ -142,81 +206,63 @@ def _extent(value: ir.Value) -> list[int | None]:
     return [size if isinstance(size, int) else None for size in value.shape[2:]]
 
 
-def _phases(
-    emit: Emitter, y: ir.Value, extent: Sequence[int | None], strides: Sequence[int], phase: ir.Value
-) -> ir.Value:
-    """Where the grid starts on each axis: a function of the phase, within the stride and the extent."""
-    if math.prod(strides) == 1:
-        return emit.ints(*[0] * len(strides))
-    limits = emit.ints(*strides)
-    if any(size is None for size in extent):
-        sizes = emit.op("Shape", y, dtype=ir.DataType.INT64, start=2)
-        limits = emit.op("Min", limits, sizes, dtype=ir.DataType.INT64)
-    offsets = phase if len(strides) == 2 else emit.op("Slice", phase, emit.ints(0), emit.ints(1))
-    return emit.op("Mod", offsets, limits, dtype=ir.DataType.INT64)
+def _start(emit: Emitter, y: ir.Value, axis: int, stride: int, phase: ir.Value) -> ir.Value:
+    """First position of the grid along an axis, an int64 vector of one: the phase within the stride and the extent."""
+    if stride == 1:
+        return emit.ints(0)
+    limit = emit.op("Min", emit.ints(stride), emit.size_of(y, 2 + axis), dtype=_INT64)
+    chosen = emit.op("Slice", phase, emit.ints(min(axis, 1)), emit.ints(min(axis, 1) + 1), dtype=_INT64)
+    return emit.op("Mod", chosen, limit, dtype=_INT64)
 
 
-def _last_position(emit: Emitter, y: ir.Value, extent: Sequence[int | None]) -> ir.Value:
-    if all(size is not None for size in extent):
-        return emit.ints(*(size - 1 for size in extent if size is not None))
-    sizes = emit.op("Shape", y, dtype=ir.DataType.INT64, start=2)
-    return emit.op("Sub", sizes, emit.ints(*[1] * len(extent)), dtype=ir.DataType.INT64)
+def _positions(emit: Emitter, y: ir.Value, axis: int, stride: int, phase: ir.Value) -> ir.Value:
+    """Output positions on the grid along an axis, an int64 vector."""
+    start = emit.op("Squeeze", _start(emit, y, axis, stride, phase), dtype=_INT64)
+    extent = emit.op("Squeeze", emit.size_of(y, 2 + axis), dtype=_INT64)
+    return emit.op("Range", start, extent, emit.constant(np.array(stride, np.int64)), dtype=_INT64)
 
 
-def _slice(emit: Emitter, x: ir.Value, starts: ir.Value, ends: ir.Value, steps: Sequence[int]) -> ir.Value:
-    axes = emit.ints(*range(2, 2 + len(steps)))
-    return emit.op("Slice", x, starts, ends, axes, emit.ints(*steps))
+def _thin(emit: Emitter, x: ir.Value, axis: int, stride: int, phase: ir.Value) -> ir.Value:
+    """Every stride-th position along an axis."""
+    if stride == 1:
+        return x
+    start = _start(emit, x, axis, stride, phase)
+    return emit.op("Slice", x, start, emit.ints(2**31 - 1), emit.ints(2 + axis), emit.ints(stride))
 
 
-def _columns(emit: Emitter, x: ir.Value, groups: int, taps: int, channels: int) -> ir.Value:
-    """``[N, taps * C, *grid]`` to one column a position: ``[groups, taps * c, N * T]``, ``[taps * c, N * T]`` for one."""
-    x = _float32(emit, x)
+def _column_moments(emit: Emitter, patches: ir.Value, groups: int, taps: int, channels: int) -> Moments:
+    """Moments of ``[taps, C, N, *grid]``, one column a position."""
+    size = taps * channels // groups
     if groups == 1:
-        flat = emit.op("Reshape", x, emit.ints(0, taps * channels, -1))
-        return emit.op("Reshape", emit.op("Transpose", flat, perm=[1, 0, 2]), emit.ints(taps * channels, -1))
-    split = emit.op("Reshape", x, emit.ints(0, taps, groups, channels, -1))
-    grouped = emit.op("Transpose", split, perm=[2, 1, 3, 0, 4])
-    return emit.op("Reshape", grouped, emit.ints(groups, taps * channels, -1))
-
-
-def _column_moments(emit: Emitter, columns: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    grouped = columns.shape is not None and len(columns.shape) == 3
-    producer = columns.producer()
-    target = producer.inputs[1].const_value if producer is not None and producer.inputs[1] is not None else None
-    grouped = target is not None and target.size == 3
-    if grouped:
-        moment = emit.op("MatMul", columns, emit.op("Transpose", columns, perm=[0, 2, 1]))
-    else:
+        columns = emit.op("Reshape", patches, emit.ints(size, -1), shape=(size, None))
         moment = emit.op("Gemm", columns, columns, transB=1)
+    else:
+        split = emit.op("Reshape", patches, emit.ints(taps, groups, channels // groups, -1))
+        columns = emit.op("Transpose", split, perm=[1, 0, 2, 3])
+        columns = emit.op("Reshape", columns, emit.ints(groups, size, -1), shape=(groups, size, None))
+        moment = emit.op("MatMul", columns, emit.op("Transpose", columns, perm=[0, 2, 1]))
     total = emit.op("ReduceSum", columns, emit.ints(-1), keepdims=0)
-    return moment, total, emit.op("Size", columns, dtype=ir.DataType.INT64, shape=())
+    return moment, total, emit.op("Size", columns, dtype=_INT64, shape=())
 
 
 def _rows(emit: Emitter, x: ir.Value, features: int, share: float, phase: ir.Value) -> ir.Value:
     """``[..., features]`` to one row a position, thinned along the last position axis where there is one."""
     x = _float32(emit, x)
-    rank = len(x.shape) if x.shape is not None else 2
-    if rank >= 3 and share < 1:
-        length = x.shape[-2] if x.shape is not None else None
+    if x.shape is not None and len(x.shape) >= 3 and share < 1:
+        place = len(x.shape) - 2
+        length = x.shape[place]
         (stride,) = grid_strides([length if isinstance(length, int) else None], share)
-        if stride > 1:
-            first = emit.op("Slice", phase, emit.ints(0), emit.ints(1))
-            limit = emit.ints(stride)
-            if not isinstance(length, int):
-                size = emit.op("Shape", x, dtype=ir.DataType.INT64, start=-2, end=-1)
-                limit = emit.op("Min", limit, size, dtype=ir.DataType.INT64)
-            start = emit.op("Mod", first, limit, dtype=ir.DataType.INT64)
-            x = emit.op("Slice", x, start, emit.ints(2**31 - 1), emit.ints(-2), emit.ints(stride))
-    return emit.op("Reshape", x, emit.ints(-1, features))
+        x = _thin(emit, x, place - 2, stride, phase)
+    return emit.op("Reshape", x, emit.ints(-1, features), shape=(None, features))
 
 
-def _row_moments(emit: Emitter, rows: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _row_moments(emit: Emitter, rows: ir.Value) -> Moments:
     moment = emit.op("Gemm", rows, rows, transA=1)
     total = emit.op("ReduceSum", rows, emit.ints(0), keepdims=0)
-    return moment, total, emit.op("Size", rows, dtype=ir.DataType.INT64, shape=())
+    return moment, total, emit.op("Size", rows, dtype=_INT64, shape=())
 
 
 def _float32(emit: Emitter, x: ir.Value) -> ir.Value:
-    if x.dtype in (None, ir.DataType.FLOAT):
+    if x.dtype in (None, _FLOAT):
         return x
-    return emit.op("Cast", x, dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+    return emit.op("Cast", x, dtype=_FLOAT, to=int(_FLOAT))

@@ -11,9 +11,18 @@ from functools import partial
 
 from onnx_kfe.calibration._inputs import InputSpec, Table, make_table, one_line
 from onnx_kfe.calibration._source import Loader, Source, TableSource
+from onnx_kfe.calibration._spool import SpooledSource
 from onnx_kfe.errors import KfeError, UsageError
 
-__all__ = ["StreamSource", "calls", "import_function", "is_function_name", "iterates", "list_source", "reads"]
+__all__ = [
+    "StreamSource",
+    "calls",
+    "import_function",
+    "is_function_name",
+    "iterable_source",
+    "list_source",
+    "reader_source",
+]
 
 _FUNCTION_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -60,47 +69,26 @@ def list_source(items: Sequence[object], inputs: Sequence[InputSpec]) -> Source:
     return TableSource(f"list of {sum(counts)} samples", counts, tables.__getitem__)
 
 
-def iterates(iterable: Iterable[object]) -> Callable[[], Iterator[object]]:
-    """Begin by ``iter``, which for a generator and its like works only once."""
-    if iter(iterable) is not iterable:
-        return lambda: iter(iterable)
-    return _only_once(lambda: iter(iterable), "a one-shot iterator")
+def iterable_source(iterable: Iterable[object], inputs: Sequence[InputSpec]) -> Source:
+    """Begin by ``iter``; a generator and its like, for which that works only once, is spooled."""
+    source = StreamSource(type(iterable).__name__, lambda: iter(iterable), inputs)
+    return SpooledSource(source, inputs) if iter(iterable) is iterable else source
 
 
-def reads(reader: object) -> Callable[[], Iterator[object]]:
-    """Begin a ``CalibrationDataReader``: it is rewound from the second time on, if it can be."""
+def reader_source(reader: object, inputs: Sequence[InputSpec]) -> Source:
+    """Begin a ``CalibrationDataReader``: it is rewound from the second time on, or spooled if it cannot be."""
+    rewind = getattr(reader, "rewind", None)
+    started = False
 
     def begin() -> Iterator[object]:
-        return iter(reader.get_next, None)  # type: ignore[attr-defined]
-
-    if not callable(rewind := getattr(reader, "rewind", None)):
-        return _only_once(begin, f"a {type(reader).__name__} without rewind()")
-    started = False
-
-    def begin_again() -> Iterator[object]:
         nonlocal started
-        if started:
+        if started and callable(rewind):
             rewind()
         started = True
-        return begin()
+        return iter(reader.get_next, None)  # type: ignore[attr-defined]
 
-    return begin_again
-
-
-def _only_once(begin: Callable[[], Iterator[object]], what: str) -> Callable[[], Iterator[object]]:
-    started = False
-
-    def begin_once() -> Iterator[object]:
-        nonlocal started
-        if started:
-            raise UsageError(
-                f"the data is {what} and is needed more than once: pass a list, a function that makes the iterator, "
-                "or a reader with rewind()"
-            )
-        started = True
-        return begin()
-
-    return begin_once
+    source = StreamSource(type(reader).__name__, begin, inputs)
+    return source if callable(rewind) else SpooledSource(source, inputs)
 
 
 def calls(function: Callable[[], object], name: str) -> Callable[[], Iterator[object]]:

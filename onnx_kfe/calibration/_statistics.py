@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -126,7 +127,13 @@ class Statistics:
             raise KfeError(f"{path}: not a statistics file, or a truncated one") from error
         if metadata.get("format") != _FORMAT:
             raise KfeError(f"{path}: not a statistics file of this version; collect them again")
-        header = json.loads(metadata["statistics"])
+        try:
+            return cls._from_parts(json.loads(metadata["statistics"]), tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise KfeError(f"{path}: a damaged statistics file; collect them again") from error
+
+    @classmethod
+    def _from_parts(cls, header: dict[str, Any], tensors: Mapping[str, Array]) -> Statistics:
         layers = {}
         for name, samples in header["layers"].items():
             second, total, cotangent, positions = (tensors[f"{name}/{key}"] for key in _SUMS)
@@ -167,12 +174,9 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
     for part in parts:
         for name, layer in part.layers.items():
             layers[name] = layers[name] + layer if name in layers else layer
+    skipped = {name: reason for part in parts for name, reason in part.skipped.items() if name not in layers}
     complete = len(shards) == shards[0][1]
     return dataclasses.replace(
-        first, samples=sum(part.samples for part in parts), layers=layers,
-        skipped=_union(part.skipped for part in parts), shards=[(0, 1)] if complete else sorted(shards),
+        first, samples=sum(part.samples for part in parts), layers=layers, skipped=skipped,
+        shards=[(0, 1)] if complete else sorted(shards),
     )  # fmt: skip
-
-
-def _union(mappings: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    return {key: value for mapping in mappings for key, value in mapping.items()}

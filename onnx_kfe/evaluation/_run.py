@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnx_kfe.errors import KfeError, UsageError
-from onnx_kfe.runtime import create_session
+from onnx_kfe.runtime import create_session, reason
 
 Model = bytes | str | Path
 
@@ -36,5 +36,4 @@ def run(what: str, session: Any, feeds: Mapping[str, np.ndarray], outputs: list[
     try:
         return session.run(outputs, {name: feeds[name] for name in wanted})
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise KfeError(f"{what} fails in ONNX Runtime (check the inputs' shapes and types): {reason}") from error
+        raise KfeError(f"{what} fails in ONNX Runtime (check the inputs' shapes and types): {reason(error)}") from error

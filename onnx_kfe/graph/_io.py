@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -33,11 +33,11 @@ def load(source: ModelSource) -> ir.Model:
     Raises:
         KfeError: The file is missing, is not ONNX, is truncated, lacks its external data, or its graph is invalid.
     """
-    if isinstance(source, ir.Model):
-        return source.clone()
     name = source_name(source)
+    if isinstance(source, ir.Model):
+        return _checked(source.clone(), name)
     if isinstance(source, onnx.ModelProto):
-        return _checked(ir.from_proto(source), source, name)
+        return _checked(_from_proto(source, name), name)
     path = Path(source)
     if not path.is_file():
         raise KfeError(f"{path}: no such file")
@@ -45,24 +45,21 @@ def load(source: ModelSource) -> ir.Model:
         proto = onnx.load(path, load_external_data=False)
     except Exception as error:
         raise KfeError(f"{path}: not an ONNX file, or a truncated one") from error
+    model = _from_proto(proto, name)
+    ir.external_data.set_base_dir(model.graph, path.absolute().parent)
+    return _checked(model, name)
+
+
+def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     if not proto.opset_import or not proto.graph.node:
-        raise KfeError(f"{path}: not an ONNX model (no operator set or no nodes in it)")
-    _check_external_data(path, proto)
-    return _checked(ir.load(path), proto, name)
+        raise KfeError(f"{name}: not an ONNX model (no operator set or no nodes in it)")
+    try:
+        return ir.from_proto(proto)
+    except Exception as error:
+        raise KfeError(f"{name}: not a valid ONNX model ({str(error).splitlines()[0]})") from error
 
 
-def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
-    for tensor in proto.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        data = path.parent / entries.get("location", "")
-        needed = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-        if not data.is_file() or data.stat().st_size < needed:
-            raise KfeError(f"{path}: external data of '{tensor.name}' is missing or too short, expected in {data}")
-
-
-def _checked(model: ir.Model, proto: onnx.ModelProto, name: str) -> ir.Model:
+def _checked(model: ir.Model, name: str) -> ir.Model:
     """Reject what no runtime would load, before any work is spent on it."""
     if not model.graph.outputs:
         raise KfeError(f"{name}: the graph has no outputs")
@@ -70,47 +67,93 @@ def _checked(model: ir.Model, proto: onnx.ModelProto, name: str) -> ir.Model:
         TopologicalSortPass()(model)
     except Exception as error:
         raise KfeError(f"{name}: the graph has a cycle") from error
-    defined = {value for node in model.graph for value in node.outputs}
-    defined |= {*model.graph.inputs, *model.graph.initializers.values()}
-    for node in model.graph:
+    opset = model.opset_imports.get("", 1)
+    for node in model.graph.all_nodes():
+        called = node.name or node.op_type
         for value in node.inputs:
-            if value is not None and value not in defined:
-                raise KfeError(
-                    f"{name}: node '{node.name or node.op_type}' reads '{value.name}', which nothing computes"
-                )
-        if node.domain == "" and not _is_known(node.op_type) and not model.functions:
-            raise KfeError(f"{name}: unknown operator {node.op_type} (node '{node.name}')")
+            if value is not None and not _is_defined(value):
+                raise KfeError(f"{name}: node '{called}' reads '{value.name}', which nothing computes")
+        known = node.domain != "" or node.op_identifier() in model.functions or onnx.defs.has(node.op_type, opset)
+        if not known:
+            raise KfeError(f"{name}: operator {node.op_type} (node '{called}') does not exist in opset {opset}")
+    for tensor in _external_tensors(model):
+        try:
+            tensor.numpy()  # maps the file, reads nothing
+        except Exception as error:
+            raise KfeError(
+                f"{name}: external data of '{tensor.name}' is missing, too short or outside the model's folder, "
+                f"expected in {tensor.path}"
+            ) from error
     return model
 
 
-def _is_known(op_type: str) -> bool:
-    return onnx.defs.has(op_type)
+def _is_defined(value: ir.Value) -> bool:
+    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
+
+
+def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+    constants = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    return [tensor for tensor in constants if isinstance(tensor, ir.ExternalTensor)]
 
 
 def fingerprint(model: ir.Model) -> str:
     """SHA-256 over structure and weights, the same however the model was stored or handed over."""
-    digest = hashlib.sha256()
-    for node in model.graph.all_nodes():
-        values = [v.name if v is not None else "" for v in (*node.inputs, *node.outputs)]
-        digest.update(repr((node.domain, node.op_type, values, sorted(map(str, node.attributes.values())))).encode())
-    for name, value in sorted(model.graph.initializers.items()):
-        if value.const_value is not None:
-            digest.update(repr((name, str(value.const_value.dtype), tuple(value.const_value.shape))).encode())
-            digest.update(value.const_value.tobytes())
+    digest = hashlib.sha256(repr(sorted(model.opset_imports.items())).encode())
+    _digest_graph(digest, model.graph)
+    for _, function in sorted(model.functions.items()):
+        _digest_graph(digest, function)
     return digest.hexdigest()
 
 
+def _digest_graph(digest: hashlib._Hash, graph: ir.Graph | ir.Function) -> None:
+    digest.update(repr([_names(graph.inputs), _names(graph.outputs)]).encode())
+    for node in graph:
+        digest.update(repr((node.domain, node.op_type, _names(node.inputs), _names(node.outputs))).encode())
+        for _, attribute in sorted(node.attributes.items()):
+            _digest_attribute(digest, attribute)
+    if isinstance(graph, ir.Graph):
+        for name, value in sorted(graph.initializers.items()):
+            if value.const_value is not None:
+                _digest_tensor(digest, name, value.const_value)
+
+
+def _digest_attribute(digest: hashlib._Hash, attribute: ir.Attr) -> None:
+    value = attribute.value
+    if isinstance(value, ir.Graph):
+        _digest_graph(digest, value)
+    elif isinstance(value, ir.TensorProtocol):
+        _digest_tensor(digest, attribute.name, value)
+    else:
+        plain = list(value) if isinstance(value, list | tuple) else value
+        digest.update(repr((attribute.name, attribute.type.name, attribute.ref_attr_name, plain)).encode())
+
+
+def _digest_tensor(digest: hashlib._Hash, name: str, tensor: ir.TensorProtocol) -> None:
+    digest.update(repr((name, tensor.dtype.name, tuple(tensor.shape))).encode())
+    digest.update(tensor.tobytes())
+
+
+def _names(values: Iterable[ir.Value | None]) -> list[str | None]:
+    return [value.name if value is not None else None for value in values]
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
 def serialize(model: ir.Model) -> bytes:
-    """The model as one byte string for ONNX Runtime.
+    """The model as one byte string for ONNX Runtime, external data taken in.
 
     Raises:
         KfeError: The model is over protobuf's 2 GiB.
     """
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    size = _weight_bytes(model)
     if size > _PROTOBUF_LIMIT:
         raise KfeError(
             f"the model has {size / 2**30:.1f} GiB of weights; models over 2 GiB cannot be handled in memory yet"
         )
+    if _external_tensors(model):
+        model = ir.external_data.load_to_model(model.clone())
     return ir.to_proto(model).SerializeToString()
 
 
@@ -164,15 +207,28 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         KfeError: Writing failed, for example for want of space.
     """
     target = check_output(path)
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size <= _PROTOBUF_LIMIT:
+    if _weight_bytes(model) <= _PROTOBUF_LIMIT:
         replace_whole(target, serialize(model))
         return
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        data_name = f"{target.name}.data"
-        try:
-            ir.save(model, Path(folder) / target.name, external_data=data_name)
-        except OSError as error:
-            raise KfeError(f"{target}: cannot be written ({error.strerror})") from error
-        shutil.move(Path(folder) / data_name, target.parent / data_name)
-        os.replace(Path(folder) / target.name, target)
+    data = target.with_name(f"{target.name}.data")
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            ir.save(model, Path(folder) / target.name, external_data=data.name)
+            _replace_both(Path(folder), target, data)
+    except OSError as error:
+        raise KfeError(f"{target}: cannot be written ({error.strerror})") from error
+
+
+def _replace_both(folder: Path, target: Path, data: Path) -> None:
+    """Move model and weights into place; the weights that were there come back when the model cannot follow."""
+    earlier = folder / "earlier"
+    if data.exists():
+        os.replace(data, earlier)
+    try:
+        os.replace(folder / data.name, data)
+        os.replace(folder / target.name, target)
+    except OSError:
+        data.unlink(missing_ok=True)
+        if earlier.exists():
+            earlier.rename(data)
+        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -140,15 +139,12 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
     nominal = nominal_input_shapes(model, input_shapes)
     shapes = concrete_shapes(model, nominal)
     batch = next((shape[0] for shape in nominal.values() if shape), 1)
-    weights = Counter(
-        node.inputs[1] for node in model.graph if node.op_type in _LINEAR and node.domain == "" and len(node.inputs) > 1
-    )
     layers = []
     for node in model.graph.all_nodes():
         if node.op_type not in _LINEAR or node.domain != "":
             continue
         geometry = _geometry(node, shapes, batch)
-        reason = _reason(node, geometry, model.graph, weights)
+        reason = _reason(node, geometry, model.graph)
         x, y = node.inputs[0], node.outputs[0]
         layers.append(
             Layer(node.name or "", node.op_type, (x.name if x else "") or "", y.name or "", geometry, reason, node)
@@ -156,9 +152,7 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
     return layers
 
 
-def _reason(
-    node: ir.Node, geometry: Geometry | None, main: ir.Graph, weights: Mapping[ir.Value | None, int]
-) -> str | None:
+def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | None:
     weight = node.inputs[1]
     if node.graph is not main:
         return "inside the body of a control-flow operator"
@@ -171,8 +165,8 @@ def _reason(
         )
     if weight.dtype not in _FLOATS:
         return f"weight is {weight.dtype}"
-    if weights[weight] > 1:
-        return f"weight '{weight.name}' is shared by {weights[weight]} nodes"
+    if (uses := len(weight.uses())) > 1:
+        return f"weight '{weight.name}' is shared by {uses} nodes"
     if weight.is_graph_output():
         return "weight is a graph output"
     if node.op_type == "ConvTranspose":

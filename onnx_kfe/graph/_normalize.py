@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Set
 
 import onnx
 import onnx_ir as ir
@@ -34,7 +34,9 @@ def normalize(model: ir.Model) -> ir.Model:
         KfeError: The model is quantised: prune first, then quantise.
     """
     _reject_quantized(model)
-    simplified = _simplify(model)
+    named = model.clone()
+    _name_nodes(named.graph)  # before onnxsim numbers the nodes without a name
+    simplified = _simplify(named)
     passes = ir.passes.Sequential(
         common.InlinePass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -80,21 +82,23 @@ def _simplify(model: ir.Model) -> ir.Model:
         return copy
     except Exception as error:
         logger.info("onnxscript could not optimize the model (%s); it is used as it is", error)
-        return model.clone()
+        return model
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """Layers are known by node name across files, so every node of the main graph gets a stable, unique one."""
+    """Layers are known by node name across files, so every node gets a stable, unique one; names that are keep."""
+    nodes = list(graph.all_nodes())
+    taken = {node.name for node in nodes if node.name}
     seen: set[str] = set()
-    for node in graph:
+    for node in nodes:
         if not node.name or node.name in seen:
             output = next((value.name for value in node.outputs if value.name), "node")
-            node.name = _unique(f"{node.op_type}_{output}", seen)
+            node.name = _unique(f"{node.op_type}_{output}", taken)
+            taken.add(node.name)
         seen.add(node.name)
 
 
-def _unique(name: str, taken: Iterable[str]) -> str:
-    taken = set(taken)
+def _unique(name: str, taken: Set[str]) -> str:
     candidate, count = name, 1
     while candidate in taken:
         count += 1
@@ -104,7 +108,9 @@ def _unique(name: str, taken: Iterable[str]) -> str:
 
 def _restore_interface(model: ir.Model, original: ir.Model) -> None:
     """Put back what simplifiers drop: metadata, documentation and the declared shapes of inputs and outputs."""
-    model.metadata_props.update(original.metadata_props)
+    for found, given in ((model, original), (model.graph, original.graph)):
+        found.metadata_props.clear()  # onnxsim leaves its own
+        found.metadata_props.update(given.metadata_props)
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
     model.model_version, model.domain = original.model_version, original.domain
     model.doc_string, model.graph.doc_string = original.doc_string, original.graph.doc_string

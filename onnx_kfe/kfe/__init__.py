@@ -2,7 +2,7 @@
 
 from onnx_kfe.kfe._covariance import Array, centre, channel_covariance, predicted_loss, symmetrize
 from onnx_kfe.kfe._low_rank import TwoFactor, two_factor
-from onnx_kfe.kfe._tucker import InputSubspace, input_directions, input_subspaces, refine_subspace, solve_core
+from onnx_kfe.kfe._tucker import InputSubspace, input_directions, refine_subspace, solve_core, tucker_losses
 from onnx_kfe.kfe._whitening import Whitening, damp, whiten
 
 __all__ = [
@@ -14,11 +14,11 @@ __all__ = [
     "channel_covariance",
     "damp",
     "input_directions",
-    "input_subspaces",
     "predicted_loss",
     "refine_subspace",
     "solve_core",
     "symmetrize",
+    "tucker_losses",
     "two_factor",
     "whiten",
 ]

@@ -7,7 +7,7 @@ the three-factor chain ``1x1 -> k x k -> 1x1`` (Tucker-2; Kim et al. 2016, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from onnx_kfe.kfe._covariance import Array, channel_covariance, predicted_loss, 
 from onnx_kfe.kfe._low_rank import TwoFactor, two_factor
 from onnx_kfe.kfe._whitening import Whitening, damp, whiten
 
-__all__ = ["InputSubspace", "input_directions", "input_subspaces", "refine_subspace", "solve_core"]
+__all__ = ["InputSubspace", "input_directions", "refine_subspace", "solve_core", "tucker_losses"]
 
 _SOLVE_DAMPING = 1e-10  # keeps the normal equations solvable where channels are dead; no effect otherwise
 
@@ -64,40 +64,54 @@ def input_directions(weight: Array, input_factor: Array, output_root: Array, dam
     return vectors[:, ::-1].T @ channels.inverse_root
 
 
-def input_subspaces(
-    weight: Array, input_factor: Array, output_factor: Array, directions: Array, ranks: list[int]
-) -> Iterator[InputSubspace]:
-    """The restriction to the first r directions, with its core, for each of `ranks`.
+def tucker_losses(
+    weight: Array, input_factor: Array, output: Whitening, directions: Array, ranks: Sequence[int]
+) -> Iterator[Array]:
+    """Predicted losses of the restriction to the first r directions, for each of `ranks` at every output rank.
+
+    With ``C = L L^T`` the encoded covariance and ``X`` the encoded cross moment, the best core explains
+    ``G^(1/2) X C^(-1) X^T G^(1/2) = Y^T Y`` with ``Y = L^(-1) X^T G^(1/2)``. The leading rows of Y belong to the
+    leading directions, so one Cholesky factor serves all ranks; eigenvalues of ``Y^T Y`` are what output ranks keep.
+
+    Args:
+        weight: ``[o, c, *kernel]``.
+        input_factor: A, ``[i, i]``.
+        output: Whitening of G.
+        directions: ``[>= max(ranks), c]``, as of `input_directions`.
+        ranks: Ranks wanted.
+
+    Yields:
+        For each rank r, losses in nats per sample at output ranks 0 to min(o, r * taps); at the last one nothing but
+        the input is restricted.
+    """
+    if not ranks:
+        return
+    covariance, cross = _encoded(weight, input_factor, directions[: max(ranks)])
+    taps = input_factor.shape[0] // weight.shape[1]
+    total = predicted_loss(weight, input_factor, output.root @ output.root)
+    lower = scipy.linalg.cholesky(damp(covariance, _SOLVE_DAMPING), lower=True, check_finite=False)
+    explained = scipy.linalg.solve_triangular(lower, cross.T @ output.root, lower=True, check_finite=False)
+    for rank in ranks:
+        kept = explained[: rank * taps]
+        values = scipy.linalg.eigvalsh(kept.T @ kept)[::-1][: rank * taps]
+        yield np.maximum(total - 0.5 * np.append(0.0, np.cumsum(values)), 0.0)
+
+
+def solve_core(weight: Array, input_factor: Array, output_factor: Array, encoder: Array) -> InputSubspace:
+    """The least-squares core for one encoder: ``W A P^T (P A P^T)^(-1)`` with ``P = encoder (x) I``.
 
     Args:
         weight: ``[o, c, *kernel]``.
         input_factor: A, ``[i, i]``.
         output_factor: G, ``[o, o]``.
-        directions: ``[>= max(ranks), c]``, as of `input_directions`.
-        ranks: Ranks wanted.
+        encoder: ``[r, c]``.
     """
-    if not ranks:
-        return
-    out, channels = weight.shape[:2]
-    taps = input_factor.shape[0] // channels
-    top = directions[: max(ranks)]
-    blocks = input_factor.reshape(channels, taps, channels, taps)
-    half = np.tensordot(top, blocks, axes=(1, 0))  # [r, taps, c, taps]
-    inner = np.tensordot(half, top, axes=(2, 1)).transpose(0, 1, 3, 2)  # [r, taps, r, taps]
-    cross = weight.reshape(out, -1) @ half.reshape(len(top) * taps, -1).T  # [o, r * taps]
-    total = predicted_loss(weight, input_factor, output_factor)
-    for rank in ranks:
-        size = rank * taps
-        covariance = symmetrize(inner[:rank, :, :rank].reshape(size, size))
-        core = _solve(covariance, cross[:, :size])
-        explained = 0.5 * float(np.vdot(output_factor @ core, 2 * cross[:, :size] - core @ covariance))
-        shaped = core.reshape(out, rank, *weight.shape[2:])
-        yield InputSubspace(top[:rank], shaped, covariance, max(total - explained, 0.0))
-
-
-def solve_core(weight: Array, input_factor: Array, output_factor: Array, encoder: Array) -> InputSubspace:
-    """The least-squares core for one encoder: ``W A P^T (P A P^T)^(-1)`` with ``P = encoder (x) I``."""
-    return next(input_subspaces(weight, input_factor, output_factor, encoder, [len(encoder)]))
+    covariance, cross = _encoded(weight, input_factor, encoder)
+    factor = scipy.linalg.cho_factor(damp(covariance, _SOLVE_DAMPING), lower=True, check_finite=False)
+    core = scipy.linalg.cho_solve(factor, cross.T, check_finite=False).T
+    explained = 0.5 * float(np.vdot(output_factor @ core, 2 * cross - core @ covariance))
+    loss = max(predicted_loss(weight, input_factor, output_factor) - explained, 0.0)
+    return InputSubspace(encoder, core.reshape(-1, len(encoder), *weight.shape[2:]), covariance, loss)
 
 
 def refine_subspace(
@@ -130,6 +144,13 @@ def refine_subspace(
     return best
 
 
-def _solve(covariance: Array, cross: Array) -> Array:
-    factor = scipy.linalg.cho_factor(damp(covariance, _SOLVE_DAMPING), lower=True, check_finite=False)
-    return scipy.linalg.cho_solve(factor, cross.T, check_finite=False).T
+def _encoded(weight: Array, input_factor: Array, encoder: Array) -> tuple[Array, Array]:
+    """Patch covariance of the encoded input, ``[r * taps, r * taps]``, and its cross moment with the output."""
+    channels = weight.shape[1]
+    taps = input_factor.shape[0] // channels
+    size = len(encoder) * taps
+    blocks = input_factor.reshape(channels, taps, channels, taps)
+    half = np.tensordot(encoder, blocks, axes=(1, 0))  # [r, taps, c, taps]
+    inner = np.tensordot(half, encoder, axes=(2, 1)).transpose(0, 1, 3, 2)  # [r, taps, r, taps]
+    cross = weight.reshape(len(weight), -1) @ half.reshape(size, -1).T
+    return symmetrize(inner.reshape(size, size)), cross

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from onnx_kfe.errors import BudgetError, KfeError
-from onnx_kfe.planning._budget import Budget
+from onnx_kfe.kfe import Array
+from onnx_kfe.planning._budget import Budget, describe
 from onnx_kfe.planning._forms import FORMS, Cost, dense_cost
 from onnx_kfe.planning._problem import LayerProblem
 
@@ -19,6 +24,9 @@ __all__ = ["DENSE", "Candidate", "allocate", "candidates"]
 DENSE = "dense"
 _RELATIVE_GAP = 1e-4
 _SECONDS = 10.0
+_TOLERANCE = 1e-6  # of HiGHS, on a constraint
+_INFEASIBLE = 2  # status of `milp`
+_STDOUT = 1
 
 
 @dataclass(frozen=True)
@@ -39,26 +47,27 @@ class Candidate:
 
 
 def candidates(problem: LayerProblem, round_to: int) -> list[Candidate]:
-    """The layer as it is, and every form and rank that is cheaper and that no other candidate beats in all respects."""
+    """The layer as it is, then every form and rank that is cheaper and that no other one beats in all respects."""
     dense = dense_cost(problem.geometry)
-    found = [Candidate(DENSE, (), dense, 0.0)]
+    found = []
     for form in FORMS.values():
         if form.limits(problem.geometry):
             for ranks, loss in form.losses(problem, round_to):
                 cost = form.cost(problem.geometry, ranks)
                 if cost.saves(dense):
                     found.append(Candidate(form.name, ranks, cost, max(loss, 0.0)))
-    return _undominated(found)
+    return [Candidate(DENSE, (), dense, 0.0), *_undominated(found)]
 
 
 def _undominated(found: list[Candidate]) -> list[Candidate]:
-    table = np.array([(c.cost.macs, c.cost.parameters, c.loss) for c in found])
-    kept = []
-    for row, candidate in zip(table, found, strict=True):
-        better = (table <= row).all(axis=1) & (table < row).any(axis=1)
-        if not better.any():
-            kept.append(candidate)
-    return kept
+    """Those that no other equals or beats in every respect; one of those that are equal."""
+    found = sorted(found, key=lambda c: (c.loss, c.cost.macs, c.cost.parameters))
+    costs = np.array([(c.cost.macs, c.cost.parameters) for c in found])
+    kept: list[int] = []  # only what loses no more can beat a candidate, and that is kept or beaten itself
+    for place, cost in enumerate(costs):
+        if not (costs[kept] <= cost).all(axis=1).any():
+            kept.append(place)
+    return [found[place] for place in kept]
 
 
 def allocate(
@@ -67,43 +76,94 @@ def allocate(
     """Choose a candidate for each layer, minimising the summed predicted loss.
 
     Args:
-        options: Candidates by layer.
+        options: Candidates by layer, the layer as it is among them.
         budgets: Bounds on the whole model.
         original: Cost of the whole model, its parts that no candidate covers included.
 
     Raises:
         BudgetError: No choice meets the budgets; the message says what can be met.
+        KfeError: The solver gave up.
     """
-    flat = [(name, candidate) for name, choices in options.items() for candidate in choices]
-    if not flat:
+    if not options:
         raise BudgetError("nothing in the model can be pruned; see onnx-kfe inspect for the reasons")
-    places = {name: place for place, name in enumerate(options)}
-    rows = [places[name] for name, _ in flat]
-    one_each = csr_array((np.ones(len(flat)), (rows, range(len(flat)))), shape=(len(options), len(flat)))
-    constraints = [LinearConstraint(one_each, 1, 1)]
+    knapsack = _Knapsack(options, original)
     for budget in budgets:
-        spent = np.array([budget.of(candidate.cost) for _, candidate in flat], float)
-        dense = sum(max(budget.of(candidate.cost) for candidate in choices) for choices in options.values())
-        room = budget.limit(budget.of(original)) - (budget.of(original) - dense)
-        least = sum(min(budget.of(candidate.cost) for candidate in choices) for choices in options.values())
-        if least > room:
-            reachable = (budget.of(original) - dense + least) / budget.of(original)
-            raise BudgetError(
-                f"{budget.option} {budget.amount:g} cannot be met: "
-                f"the smallest this model can become is {budget.option} {np.ceil(1000 * reachable) / 1000:g}"
-            )
-        scale = max(spent.max(), 1.0)
-        constraints.append(LinearConstraint(spent[None] / scale, -np.inf, room / scale))
-    losses = np.array([candidate.loss for _, candidate in flat])
-    objective = losses / max(losses.max(), np.finfo(np.float64).tiny)
-    result = milp(
-        objective, constraints=constraints, integrality=np.ones(len(flat), np.int64), bounds=Bounds(0, 1),
-        options={"mip_rel_gap": _RELATIVE_GAP, "time_limit": _SECONDS},
-    )  # fmt: skip
-    if result.x is None:
-        raise (
-            BudgetError("the budgets cannot be met together; relax one of them")
-            if result.status == 2
-            else KfeError(f"the allocation could not be solved: {result.message}")
+        if (least := knapsack.least(budget)) > budget.limit(budget.of(original)):
+            possible = budget.meeting(least, budget.of(original))
+            raise BudgetError(f"{budget} cannot be met: the smallest this model can become is {possible}")
+    chosen = knapsack.solve(np.array([candidate.loss for _, candidate in knapsack.flat]), budgets)
+    if chosen is None:
+        *held, last = budgets
+        smallest = knapsack.solve(knapsack.change(last), held)
+        possible = last if smallest is None else last.meeting(knapsack.total(last, smallest), last.of(original))
+        raise BudgetError(
+            f"{describe(budgets)} cannot be met together: under {describe(held)} the smallest is {possible}"
         )
-    return {name: candidate for (name, candidate), chosen in zip(flat, result.x, strict=True) if chosen > 0.5}
+    return {name: candidate for (name, candidate), taken in zip(knapsack.flat, chosen, strict=True) if taken}
+
+
+class _Knapsack:
+    """The choice of one candidate a layer as a 0-1 programme, solved by HiGHS."""
+
+    def __init__(self, options: Mapping[str, Sequence[Candidate]], original: Cost) -> None:
+        self.flat = [(name, candidate) for name, choices in options.items() for candidate in choices]
+        self._original = original
+        self._rows = np.repeat(np.arange(len(options)), [len(choices) for choices in options.values()])
+
+    def change(self, budget: Budget) -> Array:
+        """What each candidate adds to the cost of the model, 0 or less."""
+        dense = {name: budget.of(candidate.cost) for name, candidate in self.flat if candidate.form == DENSE}
+        return np.array([budget.of(candidate.cost) - dense[name] for name, candidate in self.flat], float)
+
+    def total(self, budget: Budget, chosen: npt.NDArray[np.bool_]) -> int:
+        """What the whole model costs with the chosen candidates."""
+        return budget.of(self._original) + int(self.change(budget)[chosen].sum())
+
+    def least(self, budget: Budget) -> int:
+        """The least that the whole model can cost."""
+        cheapest = np.zeros(self._rows[-1] + 1)
+        np.minimum.at(cheapest, self._rows, self.change(budget))
+        return budget.of(self._original) + int(cheapest.sum())
+
+    def solve(self, objective: Array, budgets: Sequence[Budget]) -> npt.NDArray[np.bool_] | None:
+        """Which candidates minimise the objective, None where no choice meets the budgets."""
+        size = len(self.flat)
+        one_each = csr_array((np.ones(size), (self._rows, np.arange(size))))
+        scaled = objective / max(np.abs(objective).max(), np.finfo(np.float64).tiny)
+        with _native_stdout_silenced():
+            result = milp(
+                scaled, constraints=[LinearConstraint(one_each, 1, 1), *map(self._bound, budgets)],
+                integrality=np.ones(size, np.int64), bounds=Bounds(0, 1),
+                options={"mip_rel_gap": _RELATIVE_GAP, "time_limit": _SECONDS},
+            )  # fmt: skip
+        if result.x is None and result.status != _INFEASIBLE:
+            raise KfeError(f"the allocation could not be solved: {result.message}")
+        return None if result.x is None else result.x > 0.5
+
+    def _bound(self, budget: Budget) -> LinearConstraint:
+        change = self.change(budget)
+        scale = max(np.abs(change).max(), 1.0)
+        # HiGHS exceeds a bound by up to its tolerance, which a budget must not be; where it is tight it stays feasible.
+        limit = budget.limit(budget.of(self._original))
+        limit = max(limit - _TOLERANCE * scale, min(limit, self.least(budget)))
+        return LinearConstraint(change[None] / scale, -np.inf, (limit - budget.of(self._original)) / scale)
+
+
+@contextlib.contextmanager
+def _native_stdout_silenced() -> Iterator[None]:
+    """Keep what C++ prints past ``sys.stdout`` off the output: HiGHS left a debugging line in."""
+    flush = ctypes.CDLL("ucrtbase" if os.name == "nt" else None).fflush
+    try:
+        saved = os.dup(_STDOUT)
+    except OSError:  # closed
+        yield
+        return
+    flush(None)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), _STDOUT)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(saved, _STDOUT)
+        os.close(saved)

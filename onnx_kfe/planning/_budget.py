@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from onnx_kfe.errors import UsageError
 from onnx_kfe.planning._forms import Cost
 
-__all__ = ["Budget", "Macs", "Params"]
+__all__ = ["Budget", "Macs", "Params", "describe"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,22 @@ class Budget:
     option = ""
 
     def __post_init__(self) -> None:
-        if not self.amount > 0:
+        if not 0 < self.amount < math.inf:
             raise UsageError(
                 f"{self.option} {self.amount}: give a fraction of the original (0 to 1) or a number above 1"
             )
 
+    def __str__(self) -> str:
+        """As the user would type it."""
+        return f"{self.option} {self.amount:g}" if self.amount <= 1 else f"{self.option} {int(self.amount)}"
+
     def limit(self, original: int) -> int:
         """The bound as an absolute number."""
-        return int(self.amount * original) if self.amount <= 1 else int(self.amount)
+        return math.floor(round(self.amount * original, 6)) if self.amount <= 1 else int(self.amount)
+
+    def meeting(self, amount: int, original: int) -> Self:
+        """The tightest budget, in the unit that this one is given in, that `amount` of the resource meets."""
+        return type(self)(amount if self.amount > 1 else math.ceil(1000 * amount / original) / 1000)
 
     def of(self, cost: Cost) -> int:
         """What a cost spends of this resource."""
@@ -55,4 +65,4 @@ class Params(Budget):
 
 def describe(budgets: Sequence[Budget]) -> str:
     """The budgets as the user would type them."""
-    return " ".join(f"{budget.option} {budget.amount:g}" for budget in budgets)
+    return " ".join(map(str, budgets))

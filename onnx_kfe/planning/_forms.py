@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_kfe.errors import UsageError
 from onnx_kfe.graph import Geometry
 from onnx_kfe.kfe import Array, InputSubspace, TwoFactor, refine_subspace
 from onnx_kfe.planning._problem import GroupProblem, LayerProblem
@@ -20,7 +21,7 @@ from onnx_kfe.planning._problem import GroupProblem, LayerProblem
 __all__ = ["FORMS", "Cost", "Form", "Stage", "compose", "dense_cost", "rank_grid"]
 
 _SMALLEST_UNIT = 4
-_MOST_INPUT_RANKS = 16  # each costs a solve of size rank * taps
+_MOST_INPUT_RANKS = 16  # each costs an eigendecomposition, and as many candidates as there are output ranks
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ def dense_cost(geometry: Geometry) -> Cost:
 
 
 def rank_grid(limit: int, round_to: int) -> list[int]:
-    """Ranks below `limit` that run fast: multiples of `round_to`, of a half or quarter of it for small layers."""
+    """Ranks below `limit` that run fast: multiples of `round_to`, of a fraction of it for small layers.
+
+    Raises:
+        UsageError: `round_to` is not positive.
+    """
+    if round_to < 1:
+        raise UsageError(f"--round-to {round_to}: give 1 or more")
     unit = round_to
     while unit > _SMALLEST_UNIT and limit < 4 * unit:
         unit //= 2
@@ -73,8 +80,8 @@ class Form(ABC):
     name: str
 
     @abstractmethod
-    def limits(self, geometry: Geometry) -> tuple[int, ...]:
-        """Largest value of each rank; empty where the form does not apply to the layer."""
+    def limits(self, geometry: Geometry, ranks: Sequence[int] = ()) -> tuple[int, ...]:
+        """Largest value of each rank, given the `ranks` before it; empty where the form does not apply to the layer."""
 
     @abstractmethod
     def cost(self, geometry: Geometry, ranks: Sequence[int]) -> Cost:
@@ -96,7 +103,7 @@ class OutputLowRank(Form):
         self.name = name
         self._pointwise = pointwise
 
-    def limits(self, geometry: Geometry) -> tuple[int, ...]:
+    def limits(self, geometry: Geometry, ranks: Sequence[int] = ()) -> tuple[int, ...]:
         applies = (geometry.taps == 1) == self._pointwise
         return (min(geometry.patch_size, geometry.out_channels // geometry.groups),) if applies else ()
 
@@ -121,7 +128,7 @@ class InputLowRank(Form):
 
     name = "input_low_rank"
 
-    def limits(self, geometry: Geometry) -> tuple[int, ...]:
+    def limits(self, geometry: Geometry, ranks: Sequence[int] = ()) -> tuple[int, ...]:
         return (geometry.in_channels // geometry.groups,) if geometry.taps > 1 else ()
 
     def cost(self, geometry: Geometry, ranks: Sequence[int]) -> Cost:
@@ -131,8 +138,8 @@ class InputLowRank(Form):
 
     def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
         ranks = _input_ranks(self, problem.geometry, round_to)
-        for by_group in zip(*(group.subspaces(ranks) for group in problem.groups), strict=True):
-            yield (len(by_group[0].encoder),), sum(subspace.loss for subspace in by_group)
+        for rank, *by_group in zip(ranks, *(group.tucker_losses(ranks) for group in problem.groups), strict=True):
+            yield (rank,), float(sum(losses[-1] for losses in by_group))
 
     def stages(self, problem: LayerProblem, ranks: Sequence[int]) -> list[Stage]:
         refined = [_refined(group, ranks[0], len(group.weight))[0] for group in problem.groups]
@@ -146,10 +153,12 @@ class TuckerChain(Form):
 
     name = "tucker"
 
-    def limits(self, geometry: Geometry) -> tuple[int, ...]:
+    def limits(self, geometry: Geometry, ranks: Sequence[int] = ()) -> tuple[int, ...]:
         if geometry.taps == 1:
             return ()
-        return (geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups)
+        inside = geometry.in_channels // geometry.groups
+        seen = (ranks[0] if ranks else inside) * geometry.taps  # inputs of the core
+        return (inside, min(seen, geometry.out_channels // geometry.groups))
 
     def cost(self, geometry: Geometry, ranks: Sequence[int]) -> Cost:
         encoder = geometry.in_channels * ranks[0]
@@ -159,16 +168,10 @@ class TuckerChain(Form):
     def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
         outputs = rank_grid(self.limits(problem.geometry)[1], round_to)
         ranks = _input_ranks(self, problem.geometry, round_to)
-        for by_group in zip(*(group.subspaces(ranks) for group in problem.groups), strict=True):
-            rank = len(by_group[0].encoder)
-            base = sum(subspace.loss for subspace in by_group)
-            cores = [
-                subspace.output_factors(group.output).losses
-                for subspace, group in zip(by_group, problem.groups, strict=True)
-            ]
+        for rank, *by_group in zip(ranks, *(group.tucker_losses(ranks) for group in problem.groups), strict=True):
             for output in outputs:
-                if output < len(cores[0]):
-                    yield (rank, output), base + float(sum(losses[output] for losses in cores))
+                if output < len(by_group[0]):  # no more than the core has inputs
+                    yield (rank, output), float(sum(losses[output] for losses in by_group))
 
     def stages(self, problem: LayerProblem, ranks: Sequence[int]) -> list[Stage]:
         encoders, cores, decoders = [], [], []

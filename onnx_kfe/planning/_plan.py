@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Plan:
         }  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON. Only ``form`` and ``ranks`` are read back for a layer; the rest is for the reader."""
+        """Write as JSON. ``form`` and ``ranks`` of a layer are for editing; its costs are counted anew."""
         replace_whole(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
 
     @classmethod
@@ -80,48 +81,51 @@ class Plan:
             KfeError: No plan, or a plan for another model.
             UsageError: A layer, form or rank that cannot be.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["format"] != _FORMAT:
-                raise KfeError(f"{path}: not a plan of this version")
-            entries: dict[str, Any] = data["layers"]
-            chosen = {
-                name: (entry["form"], tuple(entry.get("ranks", ())), float(entry.get("predicted_loss", "nan")))
-                for name, entry in entries.items()
-            }
-        except FileNotFoundError as error:
-            raise KfeError(f"{path}: no such file") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise KfeError(f"{path}: not a plan ({type(error).__name__}: {error})") from error
+        data = _read(path)
         if data.get("model_hash") != network.fingerprint:
             raise KfeError(f"{path}: the plan is for another model than {network.name}")
         layers = {layer.name: layer for layer in network.layers}
         choices = {
-            name: _checked(f"{path}: layer '{name}'", layers.get(name), form, ranks, loss)
-            for name, (form, ranks, loss) in chosen.items()
+            name: _checked(f"{path}: layer '{name}'", layers.get(name), entry) for name, entry in data["layers"].items()
         }
         return cls(network.fingerprint, choices, network_cost(network), data.get("budget", ""), data.get("skipped", {}))
 
 
-def _checked(where: str, layer: Layer | None, form: str, ranks: tuple[Any, ...], loss: float) -> Candidate:
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise KfeError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise KfeError(f"{path}: not a plan ({type(error).__name__}: {error})") from error
+    if not isinstance(data, dict) or data.get("format") != _FORMAT or not isinstance(data.get("layers"), dict):
+        raise KfeError(f"{path}: not a plan of this version")
+    return data
+
+
+def _checked(where: str, layer: Layer | None, entry: Any) -> Candidate:
+    """The candidate that an entry of the file describes, its costs counted anew."""
     if layer is None:
         raise UsageError(f"{where} is not in the model")
+    form, ranks = (entry.get("form"), entry.get("ranks", [])) if isinstance(entry, dict) else (None, [])
     if form == DENSE and layer.geometry is not None:
         return Candidate(DENSE, (), dense_cost(layer.geometry), 0.0)
     if not layer.prunable or layer.geometry is None:
         raise UsageError(f"{where} cannot be pruned: {layer.reason}")
-    if form not in FORMS:
-        raise UsageError(f"{where}: unknown form '{form}'; it can be {', '.join((DENSE, *FORMS))}")
+    if not isinstance(form, str) or form not in FORMS:
+        raise UsageError(f"{where}: unknown form {form!r}; it can be {', '.join((DENSE, *FORMS))}")
     limits = FORMS[form].limits(layer.geometry)
     if not limits:
         fitting = [name for name, other in FORMS.items() if other.limits(layer.geometry)]
         raise UsageError(f"{where}: form '{form}' does not apply to it; it can be {', '.join((DENSE, *fitting))}")
-    if len(ranks) != len(limits):
-        raise UsageError(f"{where}: form '{form}' takes {len(limits)} rank(s), found {list(ranks)}")
-    for rank, limit in zip(ranks, limits, strict=True):
-        if not isinstance(rank, int) or not 1 <= rank <= limit:
+    if not isinstance(ranks, list) or len(ranks) != len(limits) or any(type(rank) is not int for rank in ranks):
+        raise UsageError(f"{where}: form '{form}' takes a list of {len(limits)} whole rank(s), found {ranks!r}")
+    for rank, limit in zip(ranks, FORMS[form].limits(layer.geometry, ranks), strict=True):
+        if not 1 <= rank <= limit:
             raise UsageError(f"{where}: rank {rank} of form '{form}' must be from 1 to {limit}")
-    return Candidate(form, ranks, FORMS[form].cost(layer.geometry, ranks), loss)
+    loss = entry.get("predicted_loss")
+    known = float(loss) if isinstance(loss, int | float) else math.nan
+    return Candidate(form, tuple(ranks), FORMS[form].cost(layer.geometry, ranks), known)
 
 
 def network_cost(network: Network) -> Cost:

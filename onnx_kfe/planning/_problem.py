@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -10,12 +11,11 @@ from onnx_kfe.calibration import LayerStatistics
 from onnx_kfe.graph import Geometry, Layer
 from onnx_kfe.kfe import (
     Array,
-    InputSubspace,
     TwoFactor,
     Whitening,
     input_directions,
-    input_subspaces,
     predicted_loss,
+    tucker_losses,
     two_factor,
     whiten,
 )
@@ -42,22 +42,20 @@ class GroupProblem:
         self.input_factor = input_factor + floor * np.eye(size)
         self.output: Whitening = whiten(output_factor, _OUTPUT_DAMPING)
         self.output_factor = self.output.root @ self.output.root
+        self._tucker_losses: dict[tuple[int, ...], list[Array]] = {}
 
     @cached_property
     def factors(self) -> TwoFactor:
         """The two-factor forms of every rank."""
         return two_factor(self.weight, self.input_factor, self.output)
 
-    @cached_property
-    def directions(self) -> Array:
-        """Input subspaces of every rank."""
-        return input_directions(self.weight, self.input_factor, self.output.root)
-
-    def subspaces(self, ranks: list[int]) -> list[InputSubspace]:
-        """The restrictions to input subspaces of the given ranks."""
-        return list(
-            input_subspaces(self.weight, self.input_factor, self.output_factor, self.directions, sorted(set(ranks)))
-        )
+    def tucker_losses(self, ranks: Sequence[int]) -> list[Array]:
+        """Predicted losses at each input rank for every output rank (`kfe.tucker_losses`), kept for the next form."""
+        if (key := tuple(ranks)) not in self._tucker_losses:
+            directions = input_directions(self.weight, self.input_factor, self.output.root)
+            losses = tucker_losses(self.weight, self.input_factor, self.output, directions, key)
+            self._tucker_losses[key] = list(losses)
+        return self._tucker_losses[key]
 
     def loss(self, approximation: Array) -> float:
         """Predicted loss in nats per sample of replacing the weight, the bias absorbing the mean."""

@@ -12,13 +12,11 @@ from onnx_ir.passes.common import ShapeInferencePass
 import onnx_kfe
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Network
+from onnx_kfe.graph import Network, serialize
 from onnx_kfe.planning import FORMS, LayerProblem, Plan, compose
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 
 __all__ = ["apply_plan"]
-
-_PROTOBUF_LIMIT = 2**31 - 2**24
 
 
 def apply_plan(
@@ -77,10 +75,11 @@ def _provenance(network: Network, plan: Plan, statistics: Statistics | None) -> 
 
 
 def _check(model: ir.Model, name: str) -> None:
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size > _PROTOBUF_LIMIT:
-        return  # checked by whoever loads it: the checker needs the model in one message
     try:
-        onnx.checker.check_model(ir.to_proto(model))
+        serialized = serialize(model)
+    except KfeError:
+        return  # over 2 GiB: checked by whoever loads it, the checker needs the model in one message
+    try:
+        onnx.checker.check_model(serialized)
     except Exception as error:
         raise KfeError(f"{name}: the rewritten graph is invalid, please report this: {error}") from error

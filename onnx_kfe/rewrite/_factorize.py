@@ -26,7 +26,7 @@ class Chain:
         layer: The layer, a node of the graph to be rewritten.
         form: Name of the form, for the names of new initializers.
         stages: Weights in order.
-        bias: Bias ``[out]`` of the last stage.
+        bias: Bias ``[out]`` of the last stage, which gets none where this is zero.
     """
 
     layer: Layer
@@ -76,15 +76,14 @@ def _replace(graph: ir.Graph, node: ir.Node, chain: Chain) -> None:
     nodes: list[ir.Node] = []
     for place, stage in enumerate(chain.stages):
         last = place == len(chain.stages) - 1
-        bias = chain.bias if last else None
+        bias = chain.bias if last and np.any(chain.bias) else None
         new = writer(graph, node, value, stage, f"{chain.form}_{place}", bias)
         if not last:
             _describe(new[-1].outputs[0], node, stage)
         nodes += new
         value = new[-1].outputs[0]
     inputs = list(node.inputs[1:])
-    folded = _absorb_into_add(graph, node, chain) if node.op_type == "MatMul" else False
-    if node.op_type == "MatMul" and not folded and np.any(chain.bias):
+    if node.op_type == "MatMul" and np.any(chain.bias) and not _absorb_into_add(graph, node, chain):
         addend = _initializer(graph, f"{node.name}/bias", chain.bias, _dtype(node))
         nodes.append(ir.Node("", "Add", [value, addend], name=f"{node.name}/bias_add"))
         value = nodes[-1].outputs[0]

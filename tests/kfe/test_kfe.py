@@ -9,10 +9,10 @@ from onnx_kfe.kfe import (
     centre,
     channel_covariance,
     input_directions,
-    input_subspaces,
     predicted_loss,
     refine_subspace,
     solve_core,
+    tucker_losses,
     two_factor,
     whiten,
 )
@@ -113,13 +113,22 @@ def test_core_is_the_least_squares_solution(rng):
 
 def test_losses_of_input_subspaces_are_true_and_fall_with_rank(rng):
     weight = rng.normal(size=(5, 6, 3))
-    a, g = covariance(rng, 18), covariance(rng, 5)
-    directions = input_directions(weight, a, whiten(g).root)
+    a, white = covariance(rng, 18), whiten(covariance(rng, 5))
+    g = white.root @ white.root
+    directions = input_directions(weight, a, white.root)
     losses = []
-    for subspace in input_subspaces(weight, a, g, directions, [1, 3, 6]):
+    for rank, found in zip([1, 3, 6], tucker_losses(weight, a, white, directions, [1, 3, 6]), strict=True):
+        subspace = solve_core(weight, a, g, directions[:rank])
+        factors = subspace.output_factors(white)
         rebuilt = np.einsum("ort,rc->oct", subspace.core, subspace.encoder)
-        assert subspace.loss == pytest.approx(predicted_loss(rebuilt - weight, a, g), rel=1e-5, abs=1e-7)
-        losses.append(subspace.loss)
+        assert len(found) == min(5, 3 * rank) + 1
+        assert found[-1] == pytest.approx(predicted_loss(rebuilt - weight, a, g), rel=1e-5, abs=1e-7)
+        assert found[0] == pytest.approx(predicted_loss(weight, a, g))
+        for output_rank in range(1, len(found)):
+            left, right = factors.truncated(output_rank)
+            rebuilt = np.einsum("os,srt,rc->oct", left, right.reshape(output_rank, rank, 3), subspace.encoder)
+            assert found[output_rank] == pytest.approx(predicted_loss(rebuilt - weight, a, g), rel=1e-5, abs=1e-7)
+        losses.append(found[-1])
     assert losses[0] > losses[1] > losses[2]
     assert losses[2] == pytest.approx(0, abs=1e-5 * losses[0])
 

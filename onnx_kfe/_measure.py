@@ -1,0 +1,191 @@
+"""What a model is worth: whole models over data, for `evaluate`, `benchmark` and the end of `prune`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+import onnx_ir as ir
+
+from onnx_kfe import calibration, evaluation
+from onnx_kfe.calibration import (
+    Batch,
+    Dataset,
+    DataSource,
+    ImageOptions,
+    batch_size,
+    batches,
+    fixed_batch,
+    input_specs,
+    open_dataset,
+    synthetic_dataset,
+)
+from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.evaluation import HeadSpec, Quality, Timing
+from onnx_kfe.graph import ModelSource, Network, load, open_network, serialize
+from onnx_kfe.progress import Progress
+
+__all__ = ["benchmark", "evaluate", "head_specs", "measure_latency", "measure_quality", "note_skipped"]
+
+
+def evaluate(
+    model: ModelSource,
+    data: DataSource | Dataset,
+    *,
+    reference: ModelSource | None = None,
+    images: ImageOptions | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    heads: Mapping[str, str] | None = None,
+    max_samples: int | None = None,
+    providers: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Quality:
+    """Measure accuracy where the data have labels, and fidelity to a reference model where one is given.
+
+    Args:
+        model: The model.
+        data: Samples, see `open_dataset`.
+        reference: The original.
+        images: How images become inputs.
+        labels: CSV of ``file,label``.
+        heads: Kind by output name where detection should be overruled.
+        max_samples: At most this many samples.
+        providers: Execution providers, CPU when empty.
+        threads: Threads, all cores when None.
+        progress: Shows what is going on.
+
+    Raises:
+        UsageError: There is nothing to measure against, or an option does not fit the model or the data.
+        KfeError: Something about the models or the data stops the work.
+    """
+    shown = progress or Progress()
+    network = open_network(model if reference is None else reference)
+    dataset = open_dataset(
+        cast(DataSource, data), input_specs(network.model), images=images, labels=labels, max_samples=max_samples
+    )
+    shown.note(dataset.describe())
+    quality = _evaluate(
+        _runnable(model),
+        None if reference is None else _runnable(reference),
+        network,
+        dataset,
+        head_specs(calibration.find_heads(network, heads)),
+        providers,
+        threads,
+        shown,
+    )
+    note_skipped(dataset, shown)
+    return quality
+
+
+def benchmark(
+    models: Sequence[str | os.PathLike[str]],
+    *,
+    batch: int = 1,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    providers: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[Timing]:
+    """Time models against each other on the same random inputs, alternated in one run.
+
+    Args:
+        models: Paths; speed is relative to the first.
+        batch: Samples in a run.
+        input_shapes: Shapes of inputs with free axes.
+        providers: Execution providers, CPU when empty.
+        threads: Threads, all cores when None.
+        progress: Shows what is going on.
+
+    Raises:
+        UsageError: There is no model, or a shape or provider cannot be.
+        KfeError: A model cannot be loaded or run, or takes other inputs than the first.
+    """
+    if not models:
+        raise UsageError("there is no model to benchmark")
+    specs, *_ = [input_specs(load(path)) for path in models]
+    count = fixed_batch(specs) or batch
+    shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
+    feeds = _first_batch(synthetic_dataset(specs, count, 0, shapes), specs, count).feeds
+    paths = {os.fspath(path): os.fspath(path) for path in models}
+    with (progress or Progress()).stage("measuring latency"):
+        return evaluation.benchmark(paths, feeds, providers=providers, threads=threads)
+
+
+def measure_quality(
+    network: Network,
+    smaller: ir.Model,
+    dataset: Dataset,
+    heads: Sequence[HeadSpec],
+    providers: Sequence[str],
+    threads: int | None,
+    progress: Progress,
+) -> Quality:
+    """Quality of a smaller model against the original."""
+    models = serialize(smaller), serialize(network.original)
+    return _evaluate(*models, network, dataset, heads, providers, threads, progress)
+
+
+def measure_latency(
+    network: Network,
+    smaller: ir.Model,
+    dataset: Dataset,
+    providers: Sequence[str],
+    threads: int | None,
+    progress: Progress,
+) -> list[Timing]:
+    """Timings of the original and of a smaller model on one sample of the data."""
+    models = {"original": serialize(network.original), "pruned": serialize(smaller)}
+    feeds = _first_batch(dataset, input_specs(network.model)).feeds
+    with progress.stage("measuring latency"):
+        return evaluation.benchmark(models, feeds, providers=providers, threads=threads)
+
+
+def head_specs(heads: Sequence[calibration.Head]) -> list[HeadSpec]:
+    """How the evaluation reads the heads of a model."""
+    return [HeadSpec(head.output, head.kind, head.probabilities, head.axis) for head in heads]
+
+
+def note_skipped(dataset: Dataset, progress: Progress) -> None:
+    """Say which samples could not be read."""
+    if dataset.skipped:
+        progress.note(f"skipped {len(dataset.skipped)} corrupt sample(s): {'; '.join(dataset.skipped)}")
+
+
+def _evaluate(
+    model: bytes | str,
+    reference: bytes | str | None,
+    network: Network,
+    dataset: Dataset,
+    heads: Sequence[HeadSpec],
+    providers: Sequence[str],
+    threads: int | None,
+    progress: Progress,
+) -> Quality:
+    specs = input_specs(network.model)
+    shapes = {name: array.shape for name, array in _first_batch(dataset, specs).feeds.items()}
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches(dataset, batch_size(network, shapes), specs):
+            yield batch
+            advance(len(batch))
+
+    with progress.stage("measuring quality", dataset.count()) as advance:
+        return evaluation.evaluate(
+            model, counted(), reference=reference, heads=heads, providers=providers, threads=threads
+        )
+
+
+def _first_batch(dataset: Dataset, specs: Sequence[calibration.InputSpec], size: int = 1) -> Batch:
+    first = next(batches(dataset, size, specs), None)
+    if first is None:
+        raise KfeError(f"{dataset.describe()}: too few samples for one batch of the size that the model takes")
+    return first
+
+
+def _runnable(model: ModelSource) -> bytes | str:
+    """What ONNX Runtime loads; a path stays a path, so that models over 2 GiB can be run too."""
+    loaded = load(model)  # for the clear errors
+    return os.fspath(model) if isinstance(model, str | os.PathLike) else serialize(loaded)

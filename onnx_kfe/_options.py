@@ -1,0 +1,197 @@
+"""The options of the command line: what several commands share in groups, and how the texts of options are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from onnx_kfe.calibration import ImageOptions, image_preset
+from onnx_kfe.errors import UsageError
+from onnx_kfe.graph import Network, open_network
+from onnx_kfe.pipeline import DEFAULT_SAMPLES
+from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Macs, Params
+
+__all__ = [
+    "Budgets",
+    "Data",
+    "Heads",
+    "Images",
+    "Json",
+    "Labels",
+    "Machine",
+    "Model",
+    "Output",
+    "Sampling",
+    "Selection",
+    "flattened",
+    "parse_shapes",
+    "parse_shard",
+]
+
+Model = Annotated[Path, typer.Argument(help="The .onnx file; it is never modified.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="File to write, whole or not at all.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Labels = Annotated[Path | None, typer.Option("--labels", help="CSV of file,label for a folder of images.")]
+_DATA_HELP = "Inputs: image folder, .npz, .npy, test_data_set folder, or package.module:function; repeatable."
+Data = Annotated[list[str] | None, typer.Option("--data", help=_DATA_HELP)]
+
+_SHAPE_HELP = "name:1,3,224,224 for free axes; repeatable."
+_HEAD_HELP = "NAME=KIND of an output: categorical, bernoulli, gaussian, none."
+_PRESET_HELP = "Image preprocessing by name, e.g. imagenet, unit, raw."
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which layers, at which shapes."""
+
+    input_shape: Annotated[list[str] | None, typer.Option("--input-shape", help=_SHAPE_HELP)] = None
+    include: Annotated[list[str] | None, typer.Option("--include", help="Only layers of this name (glob).")] = None
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="No layers of this name (glob).")] = None
+
+    def open(self, model: Path) -> Network:
+        """Open a model with these layers selected."""
+        shapes = parse_shapes(self.input_shape)
+        return open_network(model, input_shapes=shapes, include=self.include or (), exclude=self.exclude or ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Budgets:
+    """What the result may cost."""
+
+    macs: Annotated[float | None, typer.Option("--macs", help="MACs to keep: a fraction, or a number.")] = None
+    params: Annotated[float | None, typer.Option("--params", help="Parameters to keep: a fraction or number.")] = None
+    round_to: Annotated[int, typer.Option(min=1, help="Ranks are multiples of this, less in small layers.")] = (
+        DEFAULT_ROUND_TO
+    )
+
+    @property
+    def given(self) -> list[Budget]:
+        """The budgets that were given."""
+        amounts = ((Macs, self.macs), (Params, self.params))
+        return [budget(amount) for budget, amount in amounts if amount is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """How images become inputs."""
+
+    preset: Annotated[str | None, typer.Option("--preset", help=_PRESET_HELP)] = None
+    mean: Annotated[str | None, typer.Option("--mean", help="Mean per channel, e.g. 0.485,0.456,0.406.")] = None
+    std: Annotated[str | None, typer.Option("--std", help="Standard deviation per channel.")] = None
+    size: Annotated[str | None, typer.Option("--size", help="Height,width where the model leaves them free.")] = None
+    layout: Annotated[str | None, typer.Option("--layout", help="NCHW or NHWC; detected by default.")] = None
+
+    @property
+    def given(self) -> ImageOptions | None:
+        """Those of the preset, each replaced by what was given beside it; None where nothing was given."""
+        replaced: dict[str, Any] = {}
+        if self.mean is not None:
+            replaced["mean"] = _numbers("--mean", self.mean, float)
+        if self.std is not None:
+            replaced["std"] = _numbers("--std", self.std, float)
+        if self.size is not None:
+            size = _numbers("--size", self.size, int)
+            replaced["size"] = size * 2 if len(size) == 1 else size
+        if self.layout is not None:
+            replaced["layout"] = self.layout.upper()
+        if self.preset is None and not replaced:
+            return None
+        return dataclasses.replace(image_preset(self.preset or "imagenet"), **replaced)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What ONNX Runtime runs on."""
+
+    providers: Annotated[list[str] | None, typer.Option(help="Execution provider, CPU by default; repeatable.")] = None
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments of the API."""
+        return {"providers": self.providers or (), "threads": self.threads}
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """What the outputs mean."""
+
+    head: Annotated[list[str] | None, typer.Option("--head", help=_HEAD_HELP)] = None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Kind by output name."""
+        pairs = [(text, *text.rpartition("=")[::2]) for text in self.head or ()]
+        if bad := next((text for text, name, kind in pairs if not (name and kind)), None):
+            raise UsageError(f"--head {bad}: write NAME=KIND")
+        return {name: kind for _, name, kind in pairs}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What is drawn: samples of the data, targets and positions."""
+
+    max_samples: Annotated[int, typer.Option(min=2, help="Use at most this many samples.")] = DEFAULT_SAMPLES
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampled targets and positions.")] = 0
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments of the API."""
+        return dataclasses.asdict(self)
+
+
+def flattened(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a function the fields of the groups that it takes as its own parameters, as typer wants them."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parameters = []
+    for parameter in inspect.signature(function).parameters.values():
+        if group := groups.get(parameter.name):
+            types = get_type_hints(group, include_extras=True)
+            parameters += [
+                parameter.replace(name=field.name, default=field.default, annotation=types[field.name])
+                for field in dataclasses.fields(group)
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+        function(**values)
+
+    call.__name__, call.__doc__ = function.__name__, function.__doc__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def parse_shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
+    """Read ``name:1,3,224,224`` options: shape by input name."""
+    shapes = {}
+    for text in texts or ():
+        name, _, sizes = text.rpartition(":")
+        if not name or not all(size.strip().isdecimal() and int(size) > 0 for size in sizes.split(",")):
+            raise UsageError(f"--input-shape {text}: write name:1,3,224,224")
+        shapes[name] = tuple(int(size) for size in sizes.split(","))
+    return shapes
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read ``i/n``."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UsageError(f"--shard {text}: write i/n with i from 0 to n - 1")
+    return int(index), int(count)
+
+
+def _numbers(option: str, text: str, kind: type[float] | type[int]) -> tuple[float, ...]:
+    try:
+        return tuple(kind(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text}: write numbers with commas between") from None

@@ -1,0 +1,225 @@
+"""What the commands print: tables that fit a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from onnx_kfe.calibration import Statistics
+from onnx_kfe.console import print_line, print_renderable
+from onnx_kfe.evaluation import HeadQuality, Quality, Rate, Timing
+from onnx_kfe.graph import Geometry, Layer, Network
+from onnx_kfe.planning import Plan, network_cost
+from onnx_kfe.result import Result
+
+__all__ = [
+    "layer_rows",
+    "show_layers",
+    "show_plan",
+    "show_quality",
+    "show_result",
+    "show_statistics",
+    "show_timings",
+    "statistics_summary",
+]
+
+_NAMED = 3  # layers named for each reason, where more are only counted
+
+
+def show_layers(network: Network) -> None:
+    """The table of `inspect`."""
+    table = _table("layer", "shape", ">MACs", ">params", "pruned")
+    for layer in network.layers:
+        table.add_row(layer.name, _shape(layer), _si(layer.macs), _si(layer.parameters), "" if layer.prunable else "no")
+    print_renderable(table)
+    _print_skipped(
+        {layer.name: layer.reason for layer in network.layers if layer.reason is not None}, "cannot be pruned"
+    )
+    cost = network_cost(network)
+    share = sum(layer.macs for layer in network.prunable) / max(cost.macs, 1)
+    print_line(
+        f"{len(network.prunable)} of {len(network.layers)} layers can be pruned: {share:.0%} of {_si(cost.macs)} MACs; "
+        f"{_si(cost.parameters)} parameters in all"
+    )
+
+
+def layer_rows(network: Network) -> list[dict[str, Any]]:
+    """What `inspect` knows of the layers, as plain values."""
+    return [
+        {
+            "name": layer.name,
+            "operator": layer.op_type,
+            "macs": layer.macs,
+            "parameters": layer.parameters,
+            "in_channels": layer.geometry.in_channels if layer.geometry else None,
+            "out_channels": layer.geometry.out_channels if layer.geometry else None,
+            "kernel": list(layer.geometry.kernel) if layer.geometry else None,
+            "groups": layer.geometry.groups if layer.geometry else None,
+            "prunable": layer.prunable,
+            "reason": layer.reason,
+        }
+        for layer in network.layers
+    ]
+
+
+def show_statistics(statistics: Statistics) -> None:
+    """What `collect` and `merge` made."""
+    _print_skipped(statistics.skipped, "without statistics")
+    shards = "" if statistics.shards == [(0, 1)] else f", shards {', '.join(f'{i}/{n}' for i, n in statistics.shards)}"
+    print_line(f"statistics of {len(statistics.layers)} layers over {statistics.samples} samples{shards}")
+
+
+def statistics_summary(statistics: Statistics, output: Path) -> dict[str, Any]:
+    """The same as plain values."""
+    return {
+        "output": str(output),
+        "samples": statistics.samples,
+        "layers": len(statistics.layers),
+        "heads": {head.output: head.kind for head in statistics.heads},
+        "skipped": statistics.skipped,
+        "shards": statistics.shards,
+    }
+
+
+def show_plan(plan: Plan) -> None:
+    """The layers that get another form."""
+    table = _table("layer", "form", "ranks", ">MACs", ">params", ">loss")
+    for name, choice in plan.changed.items():
+        ranks = ", ".join(map(str, choice.ranks))
+        cost = choice.cost
+        table.add_row(name, choice.form, ranks, _si(cost.macs), _si(cost.parameters), f"{choice.loss:.1e}")
+    print_renderable(table)
+    _print_changes(plan)
+
+
+def show_result(result: Result) -> None:
+    """The before/after tables of `prune`: what the model costs, then what it is worth."""
+    report = result.report
+    table = _table("cost", ">original", ">pruned", "pruned / original")
+    for title in ("MACs", "parameters"):
+        before, after = report[title.lower()]["before"], report[title.lower()]["after"]
+        table.add_row(title, _si(before), _si(after), f"{after / max(before, 1):.1%}")
+    for title, values, last in _timing_rows(result.timings):
+        table.add_row(title, *values, last)
+    print_renderable(table)
+    if result.quality is not None:
+        _print_quality(result.quality, f"quality, {result.measured_on}", ("original", "pruned"))
+    if result.network.input_shapes:
+        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in result.network.input_shapes.items())
+        print_line(f"MACs are counted at {shapes}")
+    _print_changes(result.plan)
+    if not result.plan.changed and result.statistics is None:
+        print_line("nothing was changed: the weights alone justify no smaller form, give --data", "yellow")
+    if not result.proven:
+        print_line("quality is unproven: it was measured on synthetic inputs only", "yellow")
+
+
+def show_quality(quality: Quality) -> None:
+    """The table of `evaluate`."""
+    _print_quality(quality, f"quality, {quality.samples} samples", ("reference", "model"))
+
+
+def show_timings(timings: Sequence[Timing]) -> None:
+    """The table of `benchmark`; speed relative to the first model."""
+    names = [Path(timing.name).name for timing in timings]
+    unique = len(set(names)) == len(names)
+    table = _table("", *(f">{name if unique else timing.name}" for name, timing in zip(names, timings, strict=True)))
+    for title, values, _ in _timing_rows(timings):
+        table.add_row(title, *values)
+    table.add_row("load time", *(_ms(timing.load_time) for timing in timings))
+    table.add_row("speed", *(f"{timing.speedup:.2f}x" for timing in timings))
+    table.add_row("speed, quartiles", *("{:.2f} to {:.2f}".format(*timing.speedup_iqr) for timing in timings))
+    print_renderable(table)
+
+
+def _timing_rows(timings: Sequence[Timing]) -> Iterator[tuple[str, list[str], str]]:
+    """Title, one value for each model, and the last over the first."""
+    if not timings:
+        return
+    first, last = timings[0], timings[-1]
+    yield "file size", [_bytes(t.file_size) for t in timings], f"{last.file_size / first.file_size:.1%}"
+    low, high = last.speedup_iqr
+    yield "latency, median", [_ms(t.median) for t in timings], f"{last.speedup:.2f}x speed ({low:.2f} to {high:.2f})"
+    yield "latency, p90", [_ms(t.p90) for t in timings], ""
+    if all(t.peak_memory for t in timings):
+        ratio = (last.peak_memory or 0) / (first.peak_memory or 1)
+        yield "peak memory", [_bytes(t.peak_memory or 0) for t in timings], f"{ratio:.1%}"
+
+
+def _print_quality(quality: Quality, title: str, columns: Sequence[str]) -> None:
+    """One row a measure; the columns are the reference, left out where it would be empty, and the model."""
+    columns = columns if quality.reference_accuracy is not None else columns[1:]
+    table = _table(title, *(f">{column}" for column in columns), "95 % interval")
+    rows = [*_accuracy_rows(quality), *(row for head in quality.heads for row in _head_rows(head, len(quality.heads)))]
+    for name, before, after, rate in rows:
+        interval = f"{rate.low:.2%} to {rate.high:.2%}" if rate is not None else ""
+        table.add_row(name, *(before, after)[-len(columns) :], interval)
+    print_renderable(table)
+
+
+def _accuracy_rows(quality: Quality) -> Iterator[tuple[str, str, str, Rate | None]]:
+    for title, key in (("top-1 accuracy", "top1"), ("top-5 accuracy", "top5")):
+        before, after = (getattr(accuracy, key, None) for accuracy in (quality.reference_accuracy, quality.accuracy))
+        if after is not None:
+            yield title, f"{before.value:.2%}" if before is not None else "", f"{after.value:.2%}", after
+
+
+def _head_rows(head: HeadQuality, heads: int) -> Iterator[tuple[str, str, str, Rate | None]]:
+    prefix = f"{head.name}: " if heads > 1 else ""
+    if head.agreement is not None:
+        yield f"{prefix}same decision", "", f"{head.agreement.value:.2%}", head.agreement
+    if head.kl is not None:
+        yield f"{prefix}KL, nats a sample", "", f"{head.kl:.3g}", None
+    if head.relative_error is not None:
+        yield f"{prefix}relative error", "", f"{head.relative_error:.3g}", None
+
+
+def _print_changes(plan: Plan) -> None:
+    _print_skipped(plan.skipped, "left alone")
+    print_line(f"{len(plan.changed)} layers changed, {len(plan.choices) - len(plan.changed)} best as they are")
+
+
+def _print_skipped(reasons: Mapping[str, str], title: str) -> None:
+    """One line for each reason, with the number of layers and the first of them."""
+    layers = defaultdict(list)
+    for name, reason in reasons.items():
+        layers[reason].append(name)
+    for reason, names in sorted(layers.items(), key=lambda item: -len(item[1])):
+        named = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+        print_line(f"{title}: {len(names)} x {reason} ({named})")
+
+
+def _table(first: str, *others: str) -> Table:
+    """A table whose first column folds where the terminal is narrow; numbers, in columns marked ``>``, to the right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, overflow="fold", min_width=15)
+    for title in others:
+        table.add_column(title.removeprefix(">"), justify="right" if title.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def _shape(layer: Layer) -> str:
+    geometry: Geometry | None = layer.geometry
+    if geometry is None:
+        return f"{layer.op_type}, unknown"
+    kernel = f" {'x'.join(map(str, geometry.kernel))}" if geometry.kernel else ""
+    groups = f", {geometry.groups} groups" if geometry.groups > 1 else ""
+    return f"{layer.op_type}{kernel} {geometry.in_channels} > {geometry.out_channels}{groups}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _bytes(count: float) -> str:
+    return f"{_si(count)}B" if count >= 1000 else f"{count:g} B"
+
+
+def _si(count: float) -> str:
+    power = min(int(f"{count:.2e}".partition("e")[2]) // 3, 4) if count >= 1 else 0
+    return f"{count / 1000**power:.3g} {' kMGT'[power]}".rstrip()

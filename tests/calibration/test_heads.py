@@ -1,0 +1,180 @@
+"""Heads: what is detected, and that the sampled targets follow the model's own distribution."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+from onnx import parser
+
+from onnx_kfe.autodiff import Emitter
+from onnx_kfe.calibration import HEAD_KINDS, Head, detect_heads, sample_noise
+from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.graph import serialize
+from onnx_kfe.runtime import create_session
+
+LOGITS = np.array([0.5, -1.0, 2.0, 0.0, 1.0], np.float32)
+DRAWS = 20_000
+UNLIKELY = 1e-3  # of a test statistic, were the frequencies right; draws are seeded, so it passes always or never
+
+
+def graph(body: str, outputs: str) -> ir.Graph:
+    text = f"""
+    <ir_version: 8, opset_import: ["" : 17]>
+    agraph (float[N, 4] x) => ({outputs}) <float[4, 4] w = {{{", ".join(["1"] * 16)}}}> {{ h = MatMul(x, w) {body} }}
+    """
+    return ir.from_proto(parser.parse_model(text)).graph
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "source"),
+    [
+        ("y = Softmax<axis = 1>(h)", "categorical", "h"),
+        ("y = LogSoftmax<axis = 1>(h)", "categorical", "h"),
+        ("y = Sigmoid(h)", "bernoulli", "h"),
+        ("y = Relu(h)", "gaussian", "y"),
+        ("p = Softmax<axis = 1>(h) y = Identity(p)", "categorical", "h"),
+        ("p = Sigmoid(h) y = Flatten(p)", "bernoulli", "h"),
+        ("p = Sigmoid(h) i = Identity(p) y = Cast<to = 1>(i)", "bernoulli", "h"),
+        ("p = Softmax<axis = 1>(h) y = Neg(p)", "gaussian", "y"),
+    ],
+)
+def test_detection_by_the_last_activation(body: str, kind: str, source: str):
+    (head,) = detect_heads(graph(body, "float[N, 4] y"))
+    assert (head.output, head.kind, head.source) == ("y", kind, source)
+
+
+def test_the_class_axis_is_that_of_the_softmax():
+    (head,) = detect_heads(graph("y = Softmax<axis = 0>(h)", "float[N, 4] y"))
+    assert head.axis == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind"),
+    [
+        ("logits", "N, 4", "categorical"),
+        ("class_scores", "N, 4", "categorical"),
+        ("boxes", "N, 4", "gaussian"),
+        ("output", "N, 4", "gaussian"),
+        ("logits", "N, 2, 2", "gaussian"),
+    ],
+)
+def test_detection_by_name_of_matrices_only(name: str, shape: str, kind: str):
+    body = f"{name} = Relu(h)" if shape == "N, 4" else f"s = Constant<value_ints = [-1, 2, 2]>() {name} = Reshape(h, s)"
+    (head,) = detect_heads(graph(body, f"float[{shape}] {name}"))
+    assert (head.kind, head.source) == (kind, name)
+
+
+def test_the_user_overrules_detection():
+    both = graph("p = Softmax<axis = 1>(h) boxes = Relu(h)", "float[N, 4] p, float[N, 4] boxes")
+    overruled = detect_heads(both, {"p": "gaussian", "boxes": "categorical"})
+    assert [(head.output, head.kind, head.source) for head in overruled] == [
+        ("p", "gaussian", "p"),
+        ("boxes", "categorical", "boxes"),
+    ]
+    assert [head.output for head in detect_heads(both, {"boxes": "none"})] == ["p"]
+
+
+def test_integer_outputs_are_no_heads():
+    mixed = graph("y = Softmax<axis = 1>(h) best = ArgMax<axis = 1>(h)", "float[N, 4] y, int64[N, 1] best")
+    assert [head.output for head in detect_heads(mixed)] == ["y"]
+
+
+@pytest.mark.parametrize("kinds", [{"nowhere": "gaussian"}, {"y": "poisson"}])
+def test_unknown_outputs_and_kinds_are_named(kinds: dict[str, str]):
+    ((name, kind),) = kinds.items()
+    with pytest.raises(UsageError, match=f"--head {name}={kind}"):
+        detect_heads(graph("y = Relu(h)", "float[N, 4] y"), kinds)
+
+
+def test_without_any_head_there_is_nothing_to_differentiate():
+    with pytest.raises(KfeError, match="best"):
+        detect_heads(graph("best = ArgMax<axis = 1>(h)", "int64[N, 1] best"))
+
+
+def test_noise_is_a_function_of_seed_and_index():
+    heads = [Head("a", "categorical", "a"), Head("b", "gaussian", "b"), Head("c", "bernoulli", "c")]
+    shapes = {"a": (1, 5), "b": (1, 2, 3), "c": (1, 4)}
+
+    def flat(seed: int, index: int) -> np.ndarray:
+        drawn = sample_noise(heads, shapes, seed, index)
+        assert [noise.shape for noise in drawn] == list(shapes.values())
+        assert {noise.dtype for noise in drawn} == {np.dtype(np.float32)}
+        return np.concatenate([noise.ravel() for noise in drawn])
+
+    assert np.array_equal(flat(3, 17), flat(3, 17))
+    for other in (flat(4, 17), flat(3, 18), flat(17, 3)):
+        assert not np.isclose(flat(3, 17), other).any()
+
+
+def cotangents(head: Head, values: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """What a head's kind seeds the backward pass with, by ONNX Runtime."""
+    inputs = [
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(array.shape))
+        for name, array in (("value", values), ("noise", noise))
+    ]
+    made = ir.Graph(inputs, [], nodes=[], opset_imports={"": 21})
+    result = HEAD_KINDS[head.kind].cotangent(Emitter(made, prefix="kfe/"), *inputs, head)
+    made.outputs.append(result)
+    session = create_session(serialize(ir.Model(made, ir_version=10)))
+    return session.run(None, {"value": values, "noise": noise})[0]
+
+
+def drawn(head: Head, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Noise and cotangents of many samples that all have the same value."""
+    noise = np.concatenate([sample_noise([head], {"y": (1, *values.shape)}, 0, i)[0] for i in range(DRAWS)])
+    return noise, cotangents(head, np.repeat(values[None], DRAWS, 0), noise)
+
+
+def test_categorical_targets_follow_the_softmax():
+    _, cotangent = drawn(Head("y", "categorical", "y"), LOGITS)
+    probabilities = scipy.special.softmax(LOGITS.astype(np.float64))
+    onehot = probabilities - cotangent
+    assert np.allclose(np.sort(onehot, 1), [0, 0, 0, 0, 1], atol=1e-6)
+    counts = onehot.round().sum(0)
+    assert scipy.stats.chisquare(counts, DRAWS * probabilities).pvalue > UNLIKELY
+
+
+def test_bernoulli_targets_follow_the_sigmoid():
+    _, cotangent = drawn(Head("y", "bernoulli", "y"), LOGITS)
+    probabilities = scipy.special.expit(LOGITS.astype(np.float64))
+    targets = probabilities - cotangent
+    assert np.allclose(targets, targets.round(), atol=1e-6)
+    assert set(np.unique(targets.round())) == {0, 1}
+    counts = targets.round().sum(0)
+    expected = DRAWS * probabilities
+    statistic = ((counts - expected) ** 2 / (expected * (1 - probabilities))).sum()
+    assert scipy.stats.chi2.sf(statistic, len(LOGITS)) > UNLIKELY
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, 30.0])
+def test_gaussian_cotangents_are_in_units_of_the_scale(scale: float):
+    """``d/dy (y - y_hat)^2 / (2 sigma^2)`` with y_hat at a distance of sigma: a standard normal over sigma."""
+    _, cotangent = drawn(Head("y", "gaussian", "y", scale=scale), LOGITS)
+    assert scipy.stats.kstest(cotangent.ravel() * scale, "norm").pvalue > UNLIKELY
+
+
+@pytest.mark.parametrize("kind", ["categorical", "bernoulli"])
+def test_cotangents_are_gradients_of_minus_log_likelihood(kind: str):
+    random = np.random.default_rng(0)
+    values, noise = (random.standard_normal((6, 5)).astype(np.float32) for _ in range(2))
+    leaf = torch.from_numpy(values.copy()).requires_grad_()
+    if kind == "categorical":
+        target = torch.from_numpy((values + noise).argmax(1))
+        loss = torch.nn.functional.cross_entropy(leaf, target, reduction="sum")
+    else:
+        target = torch.from_numpy((values + noise > 0).astype(np.float32))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(leaf, target, reduction="sum")
+    loss.backward()
+    found = cotangents(Head("y", kind, "y"), values, noise)
+    assert leaf.grad is not None
+    assert np.allclose(found, leaf.grad.numpy(), atol=1e-6)
+
+
+def test_classes_on_another_axis():
+    values = np.stack([LOGITS, LOGITS[::-1]], 1)[None]  # [1, classes, positions]
+    noise = np.random.default_rng(0).gumbel(size=values.shape).astype(np.float32)
+    found = cotangents(Head("y", "categorical", "y", axis=1), values, noise)
+    assert np.allclose(found.sum(1), 0, atol=1e-6)
+    assert np.array_equal((found < 0).sum(1), [[1, 1]])

@@ -1,0 +1,463 @@
+"""What a user can get wrong: one line that says what to do, the right exit code, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from PIL import Image
+
+from tests.conftest import Outcome
+from tests.networks import classifier, samples
+from tests.tiny import add_external_data, node, tiny, weights
+
+Fails = Callable[..., str]
+
+FACTORIES = """
+import torch
+
+class Wrong(torch.nn.Module):
+    def forward(self, x):
+        return x * (2.0 if torch.compiler.is_exporting() else 3.0)
+
+def broken():
+    raise OSError("no weights here")
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, statistics and a plan that are all right."""
+    import onnx_kfe as kfe
+
+    folder = tmp_path_factory.mktemp("prepared")
+    onnx.save(classifier(), folder / "net.onnx")
+    np.savez(folder / "data.npz", x=samples(24))
+    statistics = kfe.collect(folder / "net.onnx", folder / "data.npz")
+    statistics.save(folder / "stats.safetensors")
+    kfe.plan(folder / "net.onnx", statistics, kfe.Macs(0.8)).save(folder / "plan.json")
+    return folder
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it, as the current folder."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in ("factories_of_bad_input", "generators_of_bad_input"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def fails(cli: Callable[..., Outcome], folder: Path) -> Fails:
+    """Checks that a command fails as it should, and returns the error."""
+
+    def check(code: int, message: str, *arguments: object) -> str:
+        before = contents(folder)
+        outcome = cli(*arguments)
+        errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+        assert outcome.code == code, outcome.err
+        assert len(errors) == 1, outcome.err
+        assert re.search(message, errors[0]), errors[0]
+        assert "Traceback" not in outcome.err
+        assert outcome.out == ""
+        after = contents(folder)
+        assert {name: data for name, data in after.items() if "__pycache__" not in name} == before
+        return errors[0]
+
+    return check
+
+
+def prune(*arguments: object) -> tuple[object, ...]:
+    return ("prune", "net.onnx", "-o", "small.onnx", *arguments)
+
+
+# The model
+
+
+def cyclic() -> onnx.ModelProto:
+    nodes = [node("Add", ["x", "b"], ["a"]), node("Relu", ["a"], ["b"])]
+    return tiny(nodes, {"x": ["N", 3]}, {"b": ["N", 3]})
+
+
+def undefined() -> onnx.ModelProto:
+    return tiny([node("Add", ["x", "nowhere"], ["y"], name="sum")], {"x": ["N", 3]}, {"y": ["N", 3]})
+
+
+def unknown(domain: str = "") -> onnx.ModelProto:
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"], name="fc"),
+        node("Frobnicate", ["h"], ["y"], name="strange", domain=domain),
+    ]
+    opsets = [helper.make_opsetid(domain, 1)] if domain else []
+    return tiny(nodes, {"x": ["N", 8]}, {"y": ["N", 8]}, {"w": weights(8, 8)}, opsets=opsets)
+
+
+BAD_MODELS = {
+    "cyclic": (cyclic, "net.onnx: the graph has a cycle"),
+    "undefined value": (undefined, "node 'sum' reads 'nowhere', which nothing computes"),
+    "unknown operator": (unknown, "operator Frobnicate .*'strange'"),
+    "no layer": (lambda: tiny([node("Relu", ["x"], ["y"])], {"x": ["N", 8]}, {"y": ["N", 8]}), "no prunable layer"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_MODELS)
+def test_bad_graph(fails: Fails, folder: Path, what: str) -> None:
+    make, message = BAD_MODELS[what]
+    onnx.save(make(), folder / "net.onnx")
+    np.savez(folder / "data.npz", x=weights(20, 8))
+    fails(3 if what == "no layer" else 1, message, *prune("--data", "data.npz"))
+
+
+def test_a_model_without_layers_has_nothing_to_prune_without_data_either(fails: Fails, folder: Path) -> None:
+    onnx.save(BAD_MODELS["no layer"][0](), folder / "net.onnx")
+    fails(3, "nothing in the model can be pruned|no prunable layer", *prune())
+
+
+def test_an_operator_that_only_the_runtime_knows_to_be_unknown(fails: Fails, folder: Path) -> None:
+    onnx.save(unknown("com.example"), folder / "net.onnx")
+    np.savez(folder / "data.npz", x=weights(20, 8))
+    fails(1, "cannot load the model.*Frobnicate|com.example", *prune("--data", "data.npz"))
+
+
+def test_files_that_are_no_models(fails: Fails, folder: Path) -> None:
+    good = (folder / "net.onnx").read_bytes()
+    fails(1, "none.onnx: no such file", "inspect", "none.onnx")
+    for text in (b"hello, I am no model", b""):
+        (folder / "net.onnx").write_bytes(text)
+        fails(1, "net.onnx: not an ONNX", "inspect", "net.onnx")
+    (folder / "net.onnx").write_bytes(good[: len(good) // 2])
+    fails(1, "not an ONNX file, or a truncated one", *prune("--data", "data.npz"))
+
+
+def test_missing_external_data(fails: Fails, folder: Path) -> None:
+    add_external_data(classifier(), str(folder / "net.onnx"))
+    (folder / "weights.bin").unlink()
+    fails(1, "external data .* is missing.*weights.bin", *prune("--data", "data.npz"))
+
+
+def test_opset_that_cannot_be_converted(fails: Fails, folder: Path) -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"], name="fc"),
+        node("Upsample", ["h", "s"], ["y"], name="up", mode="linear"),
+    ]
+    model = tiny(
+        nodes, {"x": ["N", 8]}, {"y": ["N", 16]}, {"w": weights(8, 8), "s": np.float32([1, 2])}, opset=9, ir_version=4
+    )
+    onnx.save(model, folder / "net.onnx")
+    np.savez(folder / "data.npz", x=weights(20, 8))
+    outcome_or_error = fails(1, "opset 9", *prune("--data", "data.npz"))
+    assert "converted" in outcome_or_error
+
+
+# Data
+
+BAD_DATA = {
+    "name": ({"y": samples(8)}, r"no input is called y; the model takes x"),
+    "shape": ({"x": samples(8)[:, :, :4]}, r"x has shape \[8, 3, 4, 8\], the model takes float32 \[N, 3, 8, 8\]"),
+    "type": ({"x": samples(8).astype(np.int64)}, "x is int64, the model takes float32"),
+    "objects": ({"x": np.array([{}] * 8)}, "pickle|object"),
+    "nan": ({"x": np.full((8, 3, 8, 8), np.nan, np.float32)}, "NaN"),
+    "empty": ({"x": samples(0)}, "no samples"),
+    "one": ({"x": samples(1)}, "at least two"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_DATA)
+def test_data_that_does_not_fit(fails: Fails, folder: Path, what: str) -> None:
+    arrays, message = BAD_DATA[what]
+    np.savez(folder / "bad.npz", **arrays)
+    fails(2 if what == "one" else 1, message, *prune("--data", "bad.npz"))
+
+
+def test_data_that_is_none(fails: Fails, folder: Path) -> None:
+    (folder / "empty").mkdir()
+    (folder / "notes.txt").write_text("no data")
+    (folder / "generators_of_bad_input.py").write_text("def nothing():\n    yield from ()\nnumber = 3\n")
+    fails(1, "empty: the folder holds no images", *prune("--data", "empty"))
+    fails(2, "nowhere: no such file or folder", *prune("--data", "nowhere"))
+    fails(2, "notes.txt: not a kind of data this program reads", *prune("--data", "notes.txt"))
+    fails(1, "no samples", *prune("--data", "generators_of_bad_input:nothing"))
+    fails(2, "expected a function", *prune("--data", "generators_of_bad_input:number"))
+    fails(2, "cannot be imported: ModuleNotFoundError", *prune("--data", "nowhere:samples"))
+    fails(2, "give --data", "collect", "net.onnx", "-o", "s.safetensors")
+
+
+def images(folder: Path, count: int, corrupt: int) -> None:
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(count):
+        pixels = random.integers(0, 256, (9, 9, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03}.png")
+    for number in range(corrupt):
+        (folder / f"{number:03}.png").write_bytes(b"no image")
+
+
+def test_corrupt_images(fails: Fails, cli: Callable[..., Outcome], folder: Path) -> None:
+    images(folder / "few", 100, 1)
+    outcome = cli("collect", "net.onnx", "--data", "few", "-o", "few.safetensors")
+    assert outcome.code == 0
+    assert "skipped 1 corrupt sample(s): few/000.png: not an image" in outcome.err
+    assert "over 99 samples" in outcome.out
+    images(folder / "many", 100, 2)
+    fails(
+        1,
+        "2 of 100 samples are corrupt, more than 1 %.*many/000.png",
+        "collect",
+        "net.onnx",
+        "--data",
+        "many",
+        "-o",
+        "s",
+    )
+
+
+@pytest.mark.parametrize("option", ["--mean", "--std", "--size"])
+def test_bad_image_options(fails: Fails, folder: Path, option: str) -> None:
+    images(folder / "images", 4, 0)
+    fails(2, f"{option} a,b: write numbers", *prune("--data", "images", option, "a,b"))
+
+
+def test_more_bad_image_options(fails: Fails, folder: Path) -> None:
+    images(folder / "images", 4, 0)
+    fails(2, "2 .*values|1 or 3 values", *prune("--data", "images", "--mean", "1,2"))
+    fails(2, "layout is NCHW or NHWC", *prune("--data", "images", "--layout", "HCNW"))
+    fails(2, "preset nonsense is unknown; there are: imagenet", *prune("--data", "images", "--preset", "nonsense"))
+    fails(2, "apply to folders of images", *prune("--data", "data.npz", "--mean", "0.5"))
+    fails(2, "none.csv: no such file", *prune("--data", "images", "--labels", "none.csv"))
+
+
+@pytest.mark.parametrize(("scale", "what"), [(3e38, "input"), (1e20, "gradient|input")])
+def test_infinity_names_the_layer(fails: Fails, folder: Path, scale: float, what: str) -> None:
+    model = classifier()
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "w0")
+    weight.raw_data = (onnx.numpy_helper.to_array(weight) * np.float32(scale)).astype(np.float32).tobytes()
+    onnx.save(model, folder / "net.onnx")
+    fails(1, f"layer 'conv[012]|fc': NaN or infinity in its ({what})", *prune("--data", "data.npz"))
+
+
+# Statistics and plans
+
+
+def test_bad_statistics(fails: Fails, folder: Path) -> None:
+    onnx.save(classifier(seed=1), folder / "other.onnx")
+    command = ("plan", "other.onnx", "--stats", "stats.safetensors", "--macs", "0.8", "-o", "p.json")
+    fails(1, "the statistics belong to another model than other.onnx", *command)
+    fails(1, "another model", "prune", "other.onnx", "--stats", "stats.safetensors", "-o", "small.onnx")
+    whole = (folder / "stats.safetensors").read_bytes()
+    for data in (whole[:-50], whole[:100], b"", b"nonsense"):
+        (folder / "stats.safetensors").write_bytes(data)
+        fails(1, "stats.safetensors: not a statistics file, or a truncated one", *prune("--stats", "stats.safetensors"))
+    fails(1, "none.safetensors: no such file", *prune("--stats", "none.safetensors"))
+
+
+def test_statistics_that_do_not_merge(fails: Fails, cli: Callable[..., Outcome], folder: Path) -> None:
+    for name, *options in (("a", "--shard", "0/2"), ("b", "--shard", "1/3"), ("c", "--shard", "1/2", "--seed", "1")):
+        assert cli("collect", "net.onnx", "--data", "data.npz", "-o", name, *options).code == 0
+    fails(1, "merge", "merge", "a", "a", "-o", "m")
+    fails(1, "merge", "merge", "a", "b", "-o", "m")
+    fails(1, "cannot merge statistics with different seed", "merge", "a", "c", "-o", "m")
+    fails(2, "would overwrite its input", "merge", "a", "-o", "a")
+
+
+EDITS = {
+    "rank": (
+        lambda layers: layers["conv1"].update(form="tucker", ranks=[99, 8]),
+        2,
+        "layer 'conv1': rank 99 .* 1 to 8",
+    ),
+    "ranks": (lambda layers: layers["conv1"].update(form="tucker", ranks=[4]), 2, "layer 'conv1': .*2"),
+    "text": (lambda layers: layers["conv1"].update(form="tucker", ranks=["a", "b"]), 2, "layer 'conv1'"),
+    "form": (lambda layers: layers["conv1"].update(form="magic"), 2, "unknown form 'magic'; it can be dense"),
+    "unfit": (lambda layers: layers["fc"].update(form="tucker", ranks=[2, 2]), 2, "'tucker' does not apply"),
+    "layer": (lambda layers: layers.update(none=layers["fc"]), 2, "layer 'none' is not in the model"),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_edited_plans_that_cannot_be(fails: Fails, folder: Path, what: str) -> None:
+    edit, code, message = EDITS[what]
+    plan = json.loads((folder / "plan.json").read_text())
+    edit(plan["layers"])
+    (folder / "plan.json").write_text(json.dumps(plan))
+    fails(code, message, *prune("--stats", "stats.safetensors", "--plan", "plan.json"))
+
+
+def test_files_that_are_no_plans(fails: Fails, folder: Path) -> None:
+    stats = ("--stats", "stats.safetensors")
+    fails(1, "none.json: no such file", *prune(*stats, "--plan", "none.json"))
+    for text in ("{", "[]", "{}", '{"format": "else"}'):
+        (folder / "plan.json").write_text(text)
+        fails(1, "plan.json: not a plan", *prune(*stats, "--plan", "plan.json"))
+
+
+# Options
+
+
+def test_budgets(fails: Fails) -> None:
+    stats = ("--stats", "stats.safetensors")
+    for amount in ("0", "-1", "nan"):
+        fails(2, "give a fraction of the original", *prune(*stats, "--macs", amount))
+        fails(2, "give a fraction of the original", *prune(*stats, "--params", amount))
+    fails(2, "'half' is not a valid float", *prune(*stats, "--macs", "half"))
+    error = fails(3, r"--macs 0.01 cannot be met: .* can become is --macs 0\.\d+", *prune(*stats, "--macs", "0.01"))
+    least = error.rpartition(" ")[2]
+    assert 0.01 < float(least) < 1
+    fails(3, r"--params 10 cannot be met", *prune(*stats, "--params", "10"))
+    fails(3, "without data, --macs 0.5 cannot be met", *prune("--macs", "0.5"))
+    fails(2, "--plan already says what to do", *prune(*stats, "--plan", "plan.json", "--macs", "0.5"))
+    fails(2, "give a budget", "plan", "net.onnx", *stats, "-o", "p.json")
+
+
+def test_options(fails: Fails) -> None:
+    data = ("--data", "data.npz")
+    fails(
+        2, "'nonsense'.*no such output|nonsense=gaussian: no such output", *prune(*data, "--head", "nonsense=gaussian")
+    )
+    fails(2, "must be one of categorical", *prune(*data, "--head", "logits=quantum"))
+    fails(2, "--head logits: write NAME=KIND", *prune(*data, "--head", "logits"))
+    fails(2, "provider Abacus is not available; .*CPUExecutionProvider", *prune(*data, "--providers", "Abacus"))
+    fails(2, "--exclude nothing: no layer has such a name", *prune(*data, "--exclude", "nothing"))
+    for shape in ("x", "x:1,a", "x:0,3", ":1,3", "x:"):
+        fails(2, "write name:1,3,224,224", *prune(*data, "--input-shape", shape))
+    fails(2, "--input-shape y: no such input", *prune(*data, "--input-shape", "y:1,3,8,8"))
+    fails(2, "rank 4, not 2|expects rank 4", *prune(*data, "--input-shape", "x:1,3"))
+    for shard in ("2/2", "1", "a/b", "-1/2", "0/0"):
+        fails(2, "write i/n", "collect", "net.onnx", *data, "-o", "s", "--shard", shard)
+    fails(2, "--max-samples", *prune(*data, "--max-samples", "1"))
+    fails(2, "No such option: --nonsense", *prune("--nonsense"))
+    fails(2, "Missing option", "prune", "net.onnx")
+
+
+def test_outputs(fails: Fails, folder: Path) -> None:
+    data = ("prune", "net.onnx", "--data", "data.npz", "-o")
+    (folder / "link.onnx").symlink_to(folder / "net.onnx")
+    fails(2, "would overwrite its input", *data, "net.onnx")
+    fails(2, "would overwrite its input", *data, "./net.onnx")
+    fails(2, "would overwrite its input", *data, "link.onnx")
+    fails(2, "is a folder", *data, ".")
+    fails(2, "its folder does not exist", *data, "none/small.onnx")
+    fails(
+        2, "would overwrite its input", "prune", "net.onnx", "--stats", "stats.safetensors", "-o", "stats.safetensors"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
+def test_folder_that_cannot_be_written(fails: Fails, folder: Path) -> None:
+    (folder / "locked").mkdir(mode=0o500)
+    fails(2, "cannot be written", "prune", "net.onnx", "--data", "data.npz", "-o", "locked/small.onnx")
+
+
+def test_output_on_a_file_system_that_cannot_be_written(fails: Fails) -> None:
+    target = Path("/proc/small.onnx")
+    if not target.parent.is_dir():
+        pytest.skip("there is no /proc here")
+    fails(
+        1 if os.access(target.parent, os.W_OK) else 2,
+        "cannot be written",
+        *prune("--stats", "stats.safetensors")[:2],
+        "-o",
+        target,
+    )
+
+
+def test_evaluation_without_anything_to_compare_with(fails: Fails) -> None:
+    fails(2, "nothing to measure quality against", "evaluate", "net.onnx", "--data", "data.npz")
+
+
+def test_models_that_cannot_be_compared(fails: Fails, folder: Path) -> None:
+    onnx.save(unknown(), folder / "unknown.onnx")
+    onnx.save(tiny([node("Relu", ["z"], ["y"])], {"z": ["N", 3]}, {"y": ["N", 3]}), folder / "relu.onnx")
+    fails(1, "'relu.onnx' takes z", "benchmark", "net.onnx", "relu.onnx")
+    fails(1, "unknown.onnx: .*Frobnicate", "benchmark", "net.onnx", "unknown.onnx")
+    fails(2, "not an output of the model", "evaluate", "relu.onnx", "--data", "data.npz", "--reference", "net.onnx")
+
+
+# Export
+
+
+def test_bad_factories(fails: Fails, folder: Path) -> None:
+    (folder / "factories_of_bad_input.py").write_text(FACTORIES)
+    shape = ("-o", "m.onnx", "--input-shape", "x:2,4")
+    fails(1, "cannot import none:f: ModuleNotFoundError", "export", "none:f", *shape)
+    fails(2, "write it as package.module:factory", "export", "none", *shape)
+    fails(1, "failed: OSError: no weights here", "export", "factories_of_bad_input:broken", *shape)
+    fails(1, "differs from torch in output", "export", "factories_of_bad_input:Wrong", *shape)
+    fails(2, "--input-shape 'x': write it as", "export", "torch.nn:ReLU", "-o", "m.onnx", "--input-shape", "x")
+    fails(2, "--dynamic 'x': write it as", "export", "torch.nn:ReLU", *shape, "--dynamic", "x")
+
+
+# The machine
+
+WITHOUT_ONNXRUNTIME = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "onnxruntime":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Block())
+from onnx_kfe.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_without_onnxruntime(folder: Path) -> None:
+    before = contents(folder)
+    command = [sys.executable, "-c", WITHOUT_ONNXRUNTIME, *map(str, prune("--data", "data.npz"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert errors == ["error: ONNX Runtime is not installed: pip install 'onnx-kfe[cpu]' (or 'onnx-kfe[gpu]' for CUDA)"]
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert contents(folder) == before
+
+
+ENDLESS = """
+import itertools, time
+import numpy as np
+
+def slowly():
+    for number in itertools.count():
+        if number == 20:
+            print("running", flush=True)
+        time.sleep(0.05)
+        yield {"x": np.full((1, 3, 8, 8), number % 7, np.float32)}
+"""
+
+
+def test_interrupt_is_quiet_and_leaves_nothing(folder: Path) -> None:
+    (folder / "generators_of_bad_input.py").write_text(ENDLESS)
+    before = contents(folder)
+    command = [sys.executable, "-m", "onnx_kfe", *map(str, prune("--data", "generators_of_bad_input:slowly"))]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "error" not in err
+    assert contents(folder) == before

@@ -1,0 +1,113 @@
+"""The real models and data that the tools measure on, prepared as each model's reference evaluation prepares them.
+
+They are no part of the repository: ``$ONNX_KFE_TEST_ASSETS`` says where they are, by default ``shared/assets`` beside
+the checkout.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+__all__ = ["MODELS", "Asset", "assets_folder", "cifar10", "extract_images"]
+
+_IMAGENET_ARCHIVE = "imagenet_sample1000_s256_q90.zip"
+
+
+def assets_folder() -> Path:
+    """Folder of the models and data; ends the program with what to do where there is none."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "assets"
+    folder = Path(os.environ.get("ONNX_KFE_TEST_ASSETS", default))
+    if not (folder / "models").is_dir():
+        sys.exit(f"no assets in {folder}: set ONNX_KFE_TEST_ASSETS")
+    return folder
+
+
+@cache
+def _reference() -> ModuleType:
+    """The reference evaluation that lies with the assets."""
+    spec = importlib.util.spec_from_file_location("score", assets_folder() / "score.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cifar10(split: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised images ``[n, 3, 32, 32]`` and labels ``[n]`` of ``train`` or ``test``, in the official order."""
+    images, labels = _reference().cifar_images(split)
+    batch = _reference().cifar_batch(images[start:stop], **_reference().IMAGENET)
+    return batch, labels[start:stop].astype(np.int64)
+
+
+def _imagenet(preset: str) -> Iterator[tuple[np.ndarray, int]]:
+    options = _reference().PRESETS[preset]
+    for _, image, label in _reference().labelled(_IMAGENET_ARCHIVE):
+        yield _reference().imagenet_tensor(image.convert("RGB"), **options), int(label)
+
+
+def _mri() -> Iterator[tuple[np.ndarray, int]]:
+    """The Training split, shuffled as a seed says, for the files are sorted by class."""
+    rows = [row for row in _reference().labelled("brain_mri_4class_224.zip") if row[0].startswith("Training")]
+    for place in np.random.default_rng(0).permutation(len(rows)):
+        _, image, label = rows[place]
+        yield np.asarray(image.convert("RGB").resize((240, 240)), np.float32) / 255, int(label)
+
+
+def _cifar_rows() -> Iterator[tuple[np.ndarray, int]]:
+    return zip(*cifar10("train", 0, 10_000), strict=True)
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A model with the data that it is calibrated on.
+
+    Attributes:
+        file: File name of the model.
+        rows: Yields inputs (without a batch axis) and labels.
+        preset: Name of the product's image preset, where the images are files.
+    """
+
+    file: str
+    rows: Callable[[], Iterator[tuple[np.ndarray, int]]]
+    preset: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the model is."""
+        return assets_folder() / "models" / self.file
+
+    def images(self, count: int) -> np.ndarray:
+        """The first `count` calibration inputs, ``[count, ...]``."""
+        return np.stack([image for image, _ in itertools.islice(self.rows(), count)])
+
+
+MODELS: dict[str, Asset] = {
+    "resnet20": Asset("cifar10_resnet20.onnx", _cifar_rows),
+    "resnet32": Asset("cifar10_resnet32.onnx", _cifar_rows),
+    "mobilenet": Asset("mobilenet_v2_tv.onnx", lambda: _imagenet("mobilenet"), "imagenet"),
+    "lite0": Asset("efficientnet_lite0.onnx", lambda: _imagenet("lite0"), "efficientnet-lite"),
+    "squeezenet": Asset("squeezenet1_1_ndf.onnx", lambda: _imagenet("squeezenet"), "caffe"),
+    "vgg16": Asset("vgg16_brain_tumor.onnx", _mri),
+}
+"""By the short names that the tools take."""
+
+
+def extract_images(folder: Path, count: int) -> Path:
+    """Write the first `count` files of the ImageNet sample into a folder, as a user's calibration images."""
+    with zipfile.ZipFile(assets_folder() / "data" / _IMAGENET_ARCHIVE) as archive:
+        names = [name for name in archive.namelist() if not name.endswith((".csv", "/"))]
+        for name in sorted(names)[:count]:
+            (folder / Path(name).name).write_bytes(archive.read(name))
+    return folder
