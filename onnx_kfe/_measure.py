@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
@@ -165,17 +167,35 @@ def _evaluate(
     progress: Progress,
 ) -> Quality:
     specs = input_specs(network.model)
-    shapes = {name: array.shape for name, array in _first_batch(dataset, specs).feeds.items()}
+    first = _first_batch(dataset, specs)
+    size = batch_size(network, {name: array.shape for name, array in first.feeds.items()})
+    use_labels = _labels_fit(network, heads, first)
+    if not use_labels:
+        progress.note("the labels are left out: they are not one for each decision of the model")
 
     def counted() -> Iterator[Batch]:
-        for batch in batches(dataset, batch_size(network, shapes), specs):
-            yield batch
+        for batch in batches(dataset, size, specs):
+            yield batch if use_labels else dataclasses.replace(batch, labels=None)
             advance(len(batch))
 
     with progress.stage("measuring quality", dataset.count()) as advance:
         return evaluation.evaluate(
             model, counted(), reference=reference, heads=heads, providers=providers, threads=threads
         )
+
+
+def _labels_fit(network: Network, heads: Sequence[HeadSpec], batch: Batch) -> bool:
+    """Whether labels, which may lie beside the images by chance, can be those of the first categorical head."""
+    head = next((head for head in heads if head.kind == "categorical"), None)
+    output = next((v for v in network.model.graph.outputs if head is not None and v.name == head.name), None)
+    if head is None or output is None or output.shape is None or batch.labels is None:
+        return True
+    rest = list(output.shape)[1:]
+    if len(rest) > 0:
+        del rest[head.axis - 1 if head.axis is not None and head.axis > 0 else -1]
+    if not all(isinstance(dim, int) for dim in rest):
+        return True
+    return math.prod(dim for dim in rest if isinstance(dim, int)) == batch.labels[0].size
 
 
 def _first_batch(dataset: Dataset, specs: Sequence[calibration.InputSpec], size: int = 1) -> Batch:

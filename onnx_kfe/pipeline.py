@@ -18,7 +18,7 @@ from onnx_kfe.calibration import (
     open_dataset,
     synthetic_dataset,
 )
-from onnx_kfe.errors import KfeError
+from onnx_kfe.errors import BudgetError, KfeError
 from onnx_kfe.graph import ModelSource, Network, open_network
 from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Macs, Plan
 from onnx_kfe.progress import Progress
@@ -151,12 +151,14 @@ def prune(
         progress: Shows what is going on.
 
     Raises:
-        BudgetError: The budgets cannot be met.
+        BudgetError: The budgets cannot be met, or nothing can be pruned at all.
         KfeError: Something about the model or the data stops the work.
         UsageError: The arguments do not fit together.
     """
     shown = progress or Progress()
     network = inspect(model)
+    if not network.prunable:
+        raise BudgetError(f"{network.name}: no layer can be pruned; onnx-kfe inspect says why")
 
     def opened(source: DataSource | Dataset) -> Dataset:
         specs = input_specs(network.model)

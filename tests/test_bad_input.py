@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -114,7 +115,10 @@ BAD_MODELS = {
     "cyclic": (cyclic, "net.onnx: the graph has a cycle"),
     "undefined value": (undefined, "node 'sum' reads 'nowhere', which nothing computes"),
     "unknown operator": (unknown, "operator Frobnicate .*'strange'"),
-    "no layer": (lambda: tiny([node("Relu", ["x"], ["y"])], {"x": ["N", 8]}, {"y": ["N", 8]}), "no prunable layer"),
+    "no layer": (
+        lambda: tiny([node("Relu", ["x"], ["y"])], {"x": ["N", 8]}, {"y": ["N", 8]}),
+        "no layer can be pruned; onnx-kfe inspect says why",
+    ),
 }
 
 
@@ -128,7 +132,7 @@ def test_bad_graph(fails: Fails, folder: Path, what: str) -> None:
 
 def test_a_model_without_layers_has_nothing_to_prune_without_data_either(fails: Fails, folder: Path) -> None:
     onnx.save(BAD_MODELS["no layer"][0](), folder / "net.onnx")
-    fails(3, "nothing in the model can be pruned|no prunable layer", *prune())
+    fails(3, "no layer can be pruned", *prune())
 
 
 def test_an_operator_that_only_the_runtime_knows_to_be_unknown(fails: Fails, folder: Path) -> None:
@@ -153,24 +157,20 @@ def test_missing_external_data(fails: Fails, folder: Path) -> None:
     fails(1, "external data .* is missing.*weights.bin", *prune("--data", "data.npz"))
 
 
-def test_opset_that_cannot_be_converted(fails: Fails, folder: Path) -> None:
-    nodes = [
-        node("MatMul", ["x", "w"], ["h"], name="fc"),
-        node("Upsample", ["h", "s"], ["y"], name="up", mode="linear"),
-    ]
-    model = tiny(
-        nodes, {"x": ["N", 8]}, {"y": ["N", 16]}, {"w": weights(8, 8), "s": np.float32([1, 2])}, opset=9, ir_version=4
-    )
-    onnx.save(model, folder / "net.onnx")
-    np.savez(folder / "data.npz", x=weights(20, 8))
-    outcome_or_error = fails(1, "opset 9", *prune("--data", "data.npz"))
-    assert "converted" in outcome_or_error
+def test_opset_that_cannot_be_converted(fails: Fails, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no adapter from 11 to 12 for Gadget\nand a second line")
+
+    onnx.save(classifier(opset=11), folder / "net.onnx")
+    monkeypatch.setattr(onnx.version_converter, "convert_version", fail)
+    fails(1, "opset 11 cannot be converted.*no adapter", *prune("--data", "data.npz"))
 
 
 # Data
 
 BAD_DATA = {
-    "name": ({"y": samples(8)}, r"no input is called y; the model takes x"),
+    "name": ({"y": samples(8)}, "input x is missing; found y"),
+    "another name": ({"x": samples(8), "z": samples(8)}, "no input is called z; the model takes x"),
     "shape": ({"x": samples(8)[:, :, :4]}, r"x has shape \[8, 3, 4, 8\], the model takes float32 \[N, 3, 8, 8\]"),
     "type": ({"x": samples(8).astype(np.int64)}, "x is int64, the model takes float32"),
     "objects": ({"x": np.array([{}] * 8)}, "pickle|object"),
@@ -207,19 +207,19 @@ def images(folder: Path, count: int, corrupt: int) -> None:
         pixels = random.integers(0, 256, (9, 9, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:03}.png")
     for number in range(corrupt):
-        (folder / f"{number:03}.png").write_bytes(b"no image")
+        (folder / f"{7 + number:03}.png").write_bytes(b"no image")
 
 
 def test_corrupt_images(fails: Fails, cli: Callable[..., Outcome], folder: Path) -> None:
     images(folder / "few", 100, 1)
     outcome = cli("collect", "net.onnx", "--data", "few", "-o", "few.safetensors")
     assert outcome.code == 0
-    assert "skipped 1 corrupt sample(s): few/000.png: not an image" in outcome.err
+    assert "skipped 1 corrupt sample(s): few/007.png: not an image" in outcome.err
     assert "over 99 samples" in outcome.out
     images(folder / "many", 100, 2)
     fails(
         1,
-        "2 of 100 samples are corrupt, more than 1 %.*many/000.png",
+        "2 of 100 samples are corrupt, more than 1 %.*many/008.png",
         "collect",
         "net.onnx",
         "--data",
@@ -269,8 +269,9 @@ def test_bad_statistics(fails: Fails, folder: Path) -> None:
 
 
 def test_statistics_that_do_not_merge(fails: Fails, cli: Callable[..., Outcome], folder: Path) -> None:
+    np.savez(folder / "many.npz", x=samples(130))
     for name, *options in (("a", "--shard", "0/2"), ("b", "--shard", "1/3"), ("c", "--shard", "1/2", "--seed", "1")):
-        assert cli("collect", "net.onnx", "--data", "data.npz", "-o", name, *options).code == 0
+        assert cli("collect", "net.onnx", "--data", "many.npz", "-o", name, *options).code == 0
     fails(1, "merge", "merge", "a", "a", "-o", "m")
     fails(1, "merge", "merge", "a", "b", "-o", "m")
     fails(1, "cannot merge statistics with different seed", "merge", "a", "c", "-o", "m")
@@ -316,7 +317,7 @@ def test_budgets(fails: Fails) -> None:
     for amount in ("0", "-1", "nan"):
         fails(2, "give a fraction of the original", *prune(*stats, "--macs", amount))
         fails(2, "give a fraction of the original", *prune(*stats, "--params", amount))
-    fails(2, "'half' is not a valid float", *prune(*stats, "--macs", "half"))
+    fails(2, "--macs.*valid", *prune(*stats, "--macs", "half"))
     error = fails(3, r"--macs 0.01 cannot be met: .* can become is --macs 0\.\d+", *prune(*stats, "--macs", "0.01"))
     least = error.rpartition(" ")[2]
     assert 0.01 < float(least) < 1
@@ -359,23 +360,19 @@ def test_outputs(fails: Fails, folder: Path) -> None:
     )
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
-def test_folder_that_cannot_be_written(fails: Fails, folder: Path) -> None:
-    (folder / "locked").mkdir(mode=0o500)
-    fails(2, "cannot be written", "prune", "net.onnx", "--data", "data.npz", "-o", "locked/small.onnx")
+def test_folder_that_cannot_be_written(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))  # root may write
+    fails(2, "small.onnx: cannot be written", *prune("--data", "data.npz"))
 
 
-def test_output_on_a_file_system_that_cannot_be_written(fails: Fails) -> None:
-    target = Path("/proc/small.onnx")
-    if not target.parent.is_dir():
-        pytest.skip("there is no /proc here")
-    fails(
-        1 if os.access(target.parent, os.W_OK) else 2,
-        "cannot be written",
-        *prune("--stats", "stats.safetensors")[:2],
-        "-o",
-        target,
-    )
+@pytest.mark.usefixtures("quick_benchmark")
+def test_full_disk(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    fails(1, r"small.onnx: cannot be written \(No space left on device\)", *prune("--stats", "stats.safetensors"))
 
 
 def test_evaluation_without_anything_to_compare_with(fails: Fails) -> None:

@@ -5,9 +5,9 @@
 In each round, alternated: ONNX Runtime's forward pass of the original model; ``collect``; and eager torch, forward and
 backward with a hook on every layer, patches by ``unfold``, float32, no gradients of weights, on the same grid of
 positions and at all positions (as K-FAC packages do). Same images, batch size, threads and noise; times are per image,
-ratios are medians over rounds. Building the instrumented graph is timed apart, and counted as for 1,024 images in
-the ratio "with set-up". Last, the peak memory of a process that collects N and 4 N samples. Needs the assets, an idle machine
-and ``pip install 'onnx-kfe[cpu,train]'``.
+ratios are medians over rounds. Building the instrumented graph is timed apart, and counted as for 1,024 images in the
+ratio "with set-up". Last, the peak memory of a process that collects N and 4 N samples. Needs the assets, an idle
+machine and ``pip install 'onnx-kfe[cpu,train]'``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 import onnx_kfe as kfe
 from onnx_kfe import calibration
 from onnx_kfe.calibration import Head, Statistics, batch_size, find_heads, input_specs, open_dataset
-from onnx_kfe.calibration._patches import _COST, grid_strides
+from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, grid_strides
 from onnx_kfe.evaluation._child import peak_memory
 from onnx_kfe.graph import Layer, Network, serialize
 from onnx_kfe.runtime import create_session, default_threads
@@ -52,7 +52,7 @@ def same_grid(layer: Layer, extent: tuple[int, ...]) -> Grid:
     geometry = layer.geometry
     assert geometry is not None
     outputs = geometry.out_channels / geometry.groups
-    inputs, cotangents = _COST * outputs / geometry.patch_size, _COST * geometry.patch_size / outputs
+    inputs, cotangents = _INPUT_COST * outputs / geometry.patch_size, _OUTPUT_COST * geometry.patch_size / outputs
     return Grid(grid_strides(extent, min(1.0, inputs)), grid_strides(extent, min(1.0, cotangents)))
 
 
@@ -166,7 +166,7 @@ def main() -> None:
         bench = Bench(name, arguments.threads)
         bench.round()  # warms up
         rounds = [bench.round() for _ in range(arguments.rounds)]
-        result = {"model": name, "batch": bench.batch, "rounds": rounds, "ratios": ratios(rounds)}
+        result: dict[str, Any] = {"model": name, "batch": bench.batch, "rounds": rounds, "ratios": ratios(rounds)}
         print(f"{name}, batch {bench.batch}")
         for column in columns:
             print(f"  {column + ', ms an image':<36}{1000 * statistics.median(r[column] for r in rounds):>9.2f}")
@@ -175,8 +175,9 @@ def main() -> None:
             print(f"  {key:<36}{ratio:>9.2f}")
         if not arguments.no_memory:
             sizes = [MEMORY_BATCHES * bench.batch * factor for factor in (1, 4)]
-            result["memory"] = {size: memory(name, size, arguments.threads) for size in sizes}
-            for size, peak in result["memory"].items():
+            peaks = {size: memory(name, size, arguments.threads) for size in sizes}
+            result["memory"] = peaks
+            for size, peak in peaks.items():
                 print(f"  {f'peak memory, {size} samples, MiB':<36}{peak / 2**20:>9.0f}")
         results.append(result)
         print(flush=True)

@@ -33,7 +33,8 @@ def append_gradients(graph: ir.Graph, seeds: Mapping[ir.Value, ir.Value], wanted
     """Append to a graph the nodes that compute the derivatives of a loss by some of its values.
 
     Nodes are appended only between the wanted values and the heads. The forward nodes stay as they are, except that
-    `MaxPool` and `LayerNormalization` gain the optional outputs their derivatives use.
+    `MaxPool` and `LayerNormalization` gain the optional outputs their derivatives use, and symbolic sizes that are
+    certainly equal get the same name.
 
     Args:
         graph: A sorted graph of opset 18 or later, with shapes inferred. It grows at the end.

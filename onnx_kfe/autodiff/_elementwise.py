@@ -176,11 +176,13 @@ def softsign(backward: Backward, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.
 @unary("Erf")
 def erf(backward: Backward, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
     """`2 / sqrt(pi) exp(-x^2)`."""
-    return backward.scale(_exp_minus(backward, backward.op("Mul", x, x, like=x)), 2 / math.sqrt(math.pi))
+    return _bell(backward, backward.op("Mul", x, x, like=x), 2 / math.sqrt(math.pi))
 
 
-def _exp_minus(backward: Backward, value: ir.Value) -> ir.Value:
-    return backward.op("Exp", backward.op("Neg", value, like=value), like=value)
+def _bell(backward: Backward, square: ir.Value, height: float) -> ir.Value:
+    """`height exp(-square)`."""
+    exponent = backward.op("Sub", backward.number(math.log(height), square), square, like=square)
+    return backward.op("Exp", exponent, like=square)
 
 
 @unary("Exp")
@@ -227,7 +229,7 @@ def gelu(backward: Backward, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Valu
     if node.attributes.get_string("approximate", "none") == "none":
         error = backward.op("Erf", backward.scale(x, math.sqrt(0.5)), like=x)
         gate = backward.scale(backward.op("Add", error, one, like=x), 0.5)
-        density = backward.scale(_exp_minus(backward, backward.scale(square, 0.5)), 1 / math.sqrt(2 * math.pi))
+        density = _bell(backward, backward.scale(square, 0.5), 1 / math.sqrt(2 * math.pi))
         return backward.op("Add", gate, backward.op("Mul", x, density, like=x), like=x)
     root, cubic = math.sqrt(2 / math.pi), 0.044715
     polynomial = backward.op("Add", backward.scale(square, cubic), one, like=x)

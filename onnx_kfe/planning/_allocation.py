@@ -141,12 +141,13 @@ class _Knapsack:
         return None if result.x is None else result.x > 0.5
 
     def _bound(self, budget: Budget) -> LinearConstraint:
-        change = self.change(budget)
-        scale = max(np.abs(change).max(), 1.0)
-        # HiGHS exceeds a bound by up to its tolerance, which a budget must not be; where it is tight it stays feasible.
-        limit = budget.limit(budget.of(self._original))
-        limit = max(limit - _TOLERANCE * scale, min(limit, self.least(budget)))
-        return LinearConstraint(change[None] / scale, -np.inf, (limit - budget.of(self._original)) / scale)
+        change, original = self.change(budget), budget.of(self._original)
+        scale, unit = max(np.abs(change).max(), 1.0), max(int(np.gcd.reduce(change.astype(np.int64))), 1)
+        room = budget.limit(original) - original
+        # Sums are multiples of the unit, so half of one more is no more, and HiGHS, which exceeds a bound by its
+        # tolerance, needs less where costs are huge; but the least that the model can cost must stay feasible.
+        limit = max((room // unit + 0.5) * unit - _TOLERANCE * scale, self.least(budget) - original)
+        return LinearConstraint(change[None] / scale, -np.inf, limit / scale)
 
 
 @contextlib.contextmanager

@@ -85,8 +85,7 @@ def test_a_residual_network_of_unknown_size_needs_no_arithmetic_on_shapes():
     ]
     x = {"x": normal(2, 4, 9, 8)}
     model = build(nodes, x, constants={"w": normal(4, 4, 3, 3), "v": normal(4, 4, 1, 1)}, shapes=IMAGE)
-    # The 1x1 convolution counts its outputs by another formula, of the same value.
     differentiate(model, ["a", "c"])
-    assert operators(model).count("NonZero") <= 1
+    assert "NonZero" not in operators(model)
     got = run(model, {**x, "dy": normal(2, 4, 5, 4)})
     assert got["d(a)"].shape == (2, 4, 5, 4)

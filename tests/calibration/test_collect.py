@@ -26,7 +26,8 @@ TOLERANCE = 1e-4
 @pytest.fixture
 def all_positions(monkeypatch: pytest.MonkeyPatch):
     """Statistics at every position, whatever they cost."""
-    monkeypatch.setattr(_patches, "_COST", math.inf)
+    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)
+    monkeypatch.setattr(_patches, "_OUTPUT_COST", math.inf)
 
 
 def collected(network: Network, feeds: dict[str, np.ndarray], **options) -> Statistics:

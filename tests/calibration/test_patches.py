@@ -11,7 +11,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_kfe.calibration import LayerStatistics, find_heads
 from onnx_kfe.calibration._collect import _accumulate
 from onnx_kfe.calibration._instrument import PHASE_INPUT, differentiable_copy, instrument, noise_input
-from onnx_kfe.calibration._patches import _COST, grid_strides
+from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, grid_strides
 from onnx_kfe.graph import open_network
 from onnx_kfe.runtime import create_session
 
@@ -158,7 +158,7 @@ def test_all_phases_together_are_all_patches(name: str):
     probed = Probed(geometry)
     patches = geometry.patches(probed.x.astype(np.float64))
     extent = probed.noise.shape[2:] if geometry.kernel else probed.noise.shape[1:-1]
-    share = _COST * geometry.channels[1] / geometry.groups / patches.shape[-1]
+    share = _INPUT_COST * geometry.channels[1] / geometry.groups / patches.shape[-1]
     moment, total, seen = 0.0, 0.0, 0.0
     for phase in _phases(geometry, extent, share):
         statistics, inputs, _ = probed.at(phase)
@@ -177,7 +177,7 @@ def test_all_phases_together_are_all_cotangents(name: str):
     rows = np.moveaxis(probed.noise, 1, -1) if geometry.kernel else probed.noise
     rows = rows.reshape(-1, geometry.groups, geometry.channels[1] // geometry.groups).astype(np.float64)
     extent = probed.noise.shape[2:] if geometry.kernel else probed.noise.shape[1:-1]
-    share = _COST * math.prod((geometry.channels[0] // geometry.groups, *geometry.kernel)) / rows.shape[-1]
+    share = _OUTPUT_COST * math.prod((geometry.channels[0] // geometry.groups, *geometry.kernel)) / rows.shape[-1]
     moment, seen = 0.0, 0.0
     for phase in _phases(geometry, extent, share):
         statistics, _, cotangents = probed.at(phase)

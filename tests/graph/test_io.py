@@ -56,7 +56,9 @@ def test_external_data_are_found_beside_the_model(tmp_path, monkeypatch):
     path = add_external_data(small(), str(tmp_path / "m.onnx"))
     model = load(path)
     monkeypatch.chdir("/")
-    np.testing.assert_array_equal(run(onnx.ModelProto.FromString(serialize(model)), FEEDS)["y"], run(small(), FEEDS)["y"])
+    np.testing.assert_array_equal(
+        run(onnx.ModelProto.FromString(serialize(model)), FEEDS)["y"], run(small(), FEEDS)["y"]
+    )
     save(model, tmp_path / "copy.onnx")
     (tmp_path / "weights.bin").unlink()
     np.testing.assert_array_equal(run(str(tmp_path / "copy.onnx"), FEEDS)["y"], run(small(), FEEDS)["y"])

@@ -1,0 +1,172 @@
+"""Every form on every kind of layer: it composes to the weight, loses what it predicts, and costs what it says."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from onnx_kfe.errors import UsageError
+from onnx_kfe.graph import Geometry, count_macs, count_parameters, find_layers, open_network
+from onnx_kfe.planning import FORMS, Candidate, Cost, LayerProblem, Plan, compose, dense_cost, rank_grid
+from onnx_kfe.rewrite import apply_plan
+from tests.planning.problems import SHAPES, layer_of, problem_of
+from tests.tiny import node, tiny, weights
+
+APPLYING = [
+    (form, name)
+    for form, name in product(FORMS, SHAPES)
+    if FORMS[form].limits(layer_of(name).geometry)  # type: ignore[arg-type]
+]
+
+
+def test_every_layer_has_a_form_and_every_form_a_layer():
+    assert {name for _, name in APPLYING} == set(SHAPES)
+    assert {form for form, _ in APPLYING} == set(FORMS)
+    pointwise = {name for form, name in APPLYING if form == "two_factor"}
+    assert pointwise == {"1x1", "grouped 1x1", "matmul"}
+    assert not pointwise & {name for form, name in APPLYING if form != "two_factor"}
+
+
+@pytest.mark.parametrize(("form", "name"), APPLYING)
+def test_full_rank_is_the_weight_itself(form, name):
+    problem = problem_of(name)
+    ranks = FORMS[form].limits(problem.geometry)
+    rebuilt = compose(FORMS[form].stages(problem, ranks))
+    assert rebuilt.shape == problem.weight.shape
+    np.testing.assert_allclose(rebuilt, problem.weight, rtol=1e-5, atol=1e-5)
+    assert problem.loss(rebuilt) == pytest.approx(0, abs=1e-8 * problem.loss(np.zeros_like(rebuilt)))
+
+
+@pytest.mark.parametrize(("form", "name"), APPLYING)
+def test_losses_are_those_of_the_weights_written(form, name):
+    problem = problem_of(name)
+    found = dict(FORMS[form].losses(problem, 1))
+    limits = FORMS[form].limits(problem.geometry)
+    grids = [range(1, limit) for limit in limits]
+    expected = {
+        ranks for ranks in product(*grids)
+        if all(rank <= limit for rank, limit in zip(ranks, FORMS[form].limits(problem.geometry, ranks), strict=True))
+    }  # fmt: skip
+    assert set(found) == expected
+    exact = form in ("two_factor", "output_low_rank")
+    for ranks, predicted in found.items():
+        stages = FORMS[form].stages(problem, ranks)
+        actual = problem.loss(compose(stages))
+        if exact:
+            assert actual == pytest.approx(predicted, rel=1e-6, abs=1e-9 * problem.loss(np.zeros_like(problem.weight)))
+        else:  # writing refines the subspaces, which planning does not
+            assert actual <= predicted * (1 + 1e-6)
+            assert actual > 0.5 * predicted
+        spatial = [stage.spatial for stage in stages]
+        assert sum(spatial) == 1
+        assert all(stage.weight.ndim == 3 for stage in stages if not stage.spatial)
+
+
+@pytest.mark.parametrize(("form", "name"), APPLYING)
+def test_losses_fall_with_rank_and_no_random_subspace_does_better(form, name):
+    problem = problem_of(name)
+    found = dict(FORMS[form].losses(problem, 1))
+    for ranks, loss in found.items():
+        for place in range(len(ranks)):
+            more = (*ranks[:place], ranks[place] + 1, *ranks[place + 1 :])
+            assert found.get(more, 0.0) <= loss * (1 + 1e-9)
+    rng = np.random.default_rng(0)
+    if form == "two_factor" and problem.geometry.groups == 1:
+        weight = problem.weight.reshape(len(problem.weight[0]), -1)
+        for _ in range(100):
+            basis = np.linalg.qr(rng.normal(size=(len(weight), 2)))[0]
+            assert problem.loss((basis @ basis.T @ weight).reshape(problem.weight.shape)) >= found[(2,)]
+
+
+def network_of(name: str):
+    weight, groups, shape = SHAPES[name]
+    if name == "matmul":
+        nodes = [node("MatMul", ["x", "w"], ["y"], "layer")]
+        return open_network(tiny(nodes, {"x": shape}, {"y": ["n", 4, 8]}, {"w": weights(*weight)}))
+    kernel = weight[2:]
+    pads = [k // 2 for k in kernel] * 2
+    conv = node("Conv", ["x", "w"], ["y"], "layer", group=groups, strides=[2] * len(kernel), pads=pads)
+    return open_network(
+        tiny([conv], {"x": shape}, {"y": ["n", weight[0], *"hw"[: len(kernel)]]}, {"w": weights(*weight)})
+    )
+
+
+@pytest.mark.parametrize(("form", "name"), APPLYING)
+def test_cost_is_what_the_written_graph_costs(form, name):
+    network = network_of(name)
+    (layer,) = network.layers
+    ranks = tuple(max(1, limit // 2) for limit in FORMS[form].limits(layer.geometry))
+    cost = FORMS[form].cost(layer.geometry, ranks)
+    assert dense_cost(layer.geometry) == Cost(count_macs(network.model), count_parameters(network.model))
+    model, _ = apply_plan(network, Plan(network.fingerprint, {"layer": Candidate(form, ranks, cost, 0.0)}, cost), None)
+    assert cost == Cost(count_macs(model), count_parameters(model))
+    assert len(find_layers(model)) == len(FORMS[form].stages(LayerProblem(layer, None), ranks))
+
+
+def test_ranks_by_hand():
+    """Of a 3x3 layer from 6 to 8 channels with stride 2 on 10 x 10: the first 1x1 runs at the input resolution."""
+    geometry = Geometry(6, 8, (3, 3), (2, 2), 1, 25, 100)
+    assert FORMS["output_low_rank"].cost(geometry, (4,)) == Cost(25 * (4 * 54 + 8 * 4), 4 * 54 + 8 * 4)
+    assert FORMS["input_low_rank"].cost(geometry, (3,)) == Cost(100 * 18 + 25 * 8 * 27, 18 + 8 * 27)
+    assert FORMS["tucker"].cost(geometry, (3, 5)) == Cost(100 * 18 + 25 * (5 * 27 + 40), 18 + 5 * 27 + 40)
+    assert FORMS["two_factor"].limits(geometry) == ()
+    assert FORMS["output_low_rank"].limits(geometry) == (8,)
+    assert FORMS["input_low_rank"].limits(geometry) == (6,)
+    assert FORMS["tucker"].limits(geometry) == (6, 8)
+    narrow = Geometry(2, 16, (1, 3), (1, 1), 1, 25, 25)
+    assert FORMS["tucker"].limits(narrow) == (2, 6)  # the core has 2 x 3 inputs
+    assert FORMS["tucker"].limits(narrow, (1, 4)) == (2, 3)
+
+
+@pytest.mark.parametrize("round_to", [1, 2, 4, 8, 12, 16, 32])
+@pytest.mark.parametrize("limit", [1, 2, 4, 5, 16, 31, 64, 100, 512])
+def test_rank_grid(limit, round_to):
+    grid = rank_grid(limit, round_to)
+    assert all(1 <= rank < limit for rank in grid)
+    steps = {b - a for a, b in zip([0, *grid], grid, strict=False)}
+    assert len(steps) <= 1  # from the first multiple on, every one
+    if grid:
+        (step,) = steps
+        assert round_to % step == 0
+        assert grid[-1] + step >= limit
+        assert step == round_to or limit < 4 * 2 * step
+
+
+def test_rank_grid_by_hand():
+    assert rank_grid(6, 1) == [1, 2, 3, 4, 5]
+    assert rank_grid(128, 16) == [16, 32, 48, 64, 80, 96, 112]
+    assert rank_grid(32, 16) == [8, 16, 24]
+    assert rank_grid(16, 16) == [4, 8, 12]
+    with pytest.raises(UsageError, match="--round-to 0: give 1 or more"):
+        rank_grid(16, 0)
+
+
+def test_saving_is_no_dearer_in_any_respect():
+    assert Cost(1, 2).saves(Cost(2, 2))
+    assert Cost(1, 1).saves(Cost(2, 2))
+    assert not Cost(2, 2).saves(Cost(2, 2))
+    assert not Cost(1, 3).saves(Cost(2, 2))
+
+
+def test_the_bias_keeps_the_mean_output():
+    for name in ("3x3", "grouped 3x3", "matmul"):
+        problem = problem_of(name)
+        change = np.random.default_rng(1).normal(size=problem.weight.shape)
+        groups, out = problem.weight.shape[:2]
+        before = np.einsum("goi,gi->go", problem.weight.reshape(groups, out, -1), problem.mean).ravel()
+        after = np.einsum("goi,gi->go", (problem.weight + change).reshape(groups, out, -1), problem.mean).ravel()
+        bias = problem.layer.bias()
+        kept = before + (0 if bias is None else bias)
+        np.testing.assert_allclose(after + problem.bias(problem.weight + change), kept, rtol=1e-10)
+
+
+def test_knowing_nothing_leaves_the_weights_to_decide():
+    """Without statistics the loss is half the squared change (up to the damping of either factor)."""
+    layer = layer_of("3x3")
+    problem = LayerProblem(layer, None)
+    change = np.random.default_rng(0).normal(size=problem.weight.shape)
+    assert problem.loss(problem.weight + change) == pytest.approx(0.5 * (change**2).sum() * 1.2, rel=1e-3)
+    assert not problem.mean.any()
+    np.testing.assert_array_equal(problem.bias(problem.weight + change), layer.bias())

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import onnx_kfe
+from onnx_kfe._options import Budgets, Heads, Images, Selection, parse_shapes, parse_shard
+from onnx_kfe.calibration import ImageOptions
+from onnx_kfe.errors import UsageError
+from onnx_kfe.planning import Macs, Params
+from tests.conftest import Outcome
+from tests.networks import CLASSES, classifier, samples
+
+pytestmark = pytest.mark.usefixtures("quick_benchmark")
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a model, samples and labelled samples."""
+    monkeypatch.chdir(tmp_path)
+    onnx.save(classifier(), tmp_path / "net.onnx")
+    np.savez(tmp_path / "data.npz", x=samples(64))
+    np.savez(tmp_path / "test.npz", x=samples(40, seed=1), labels=np.arange(40) % CLASSES)
+    return tmp_path
+
+
+def done(outcome: Outcome) -> str:
+    assert outcome.code == 0, outcome.err
+    assert all(len(line) <= 80 for line in outcome.out.splitlines() if not line.startswith(("left alone", "written")))
+    return outcome.out
+
+
+def from_json(outcome: Outcome) -> Any:
+    return json.loads(done(outcome))
+
+
+def test_version_and_help(cli: Cli) -> None:
+    assert cli("--version") == Outcome(0, f"onnx-kfe {onnx_kfe.__version__}\n", "")
+    commands = ("inspect", "collect", "merge", "plan", "prune", "evaluate", "benchmark", "export", "demo")
+    overview = done(cli())
+    assert overview == done(cli("--help"))
+    for name in commands:
+        assert name in overview
+        assert "--json" in done(cli(name, "--help"))
+
+
+def test_module_runs_as_the_program() -> None:
+    command = [sys.executable, "-m", "onnx_kfe", "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown == f"onnx-kfe {onnx_kfe.__version__}\n"
+
+
+def test_inspect(cli: Cli, folder: Path) -> None:
+    shown = done(cli("inspect", "net.onnx"))
+    assert "conv1  " in shown
+    assert "Conv 3x3 8 > 16" in shown
+    assert "4 of 4 layers can be pruned: 100% of 235 k MACs" in shown
+    rows = from_json(cli("inspect", "net.onnx", "--exclude", "conv0", "--exclude", "f*", "--json"))
+    assert [row["name"] for row in rows] == ["conv0", "conv1", "conv2", "fc"]
+    assert [row["prunable"] for row in rows] == [False, True, True, False]
+    assert rows[1]["macs"] == 64 * 16 * 8 * 9
+    assert "cannot be pruned: 2 x excluded by --exclude (conv0, fc)" in done(
+        cli("inspect", "net.onnx", "--exclude", "conv0", "--exclude", "fc")
+    )
+
+
+def test_shards_merge_plan_edit_prune(cli: Cli, folder: Path) -> None:
+    for index in range(2):
+        shard = ("--shard", f"{index}/2", "--max-samples", 130, "-o", f"s{index}")
+        np.savez(folder / "many.npz", x=samples(130))
+        assert f"shards {index}/2" in done(cli("collect", "net.onnx", "--data", "many.npz", *shard))
+    assert "statistics of 4 layers over 130 samples" in done(cli("merge", "s1", "s0", "-o", "stats"))
+    shown = done(cli("plan", "net.onnx", "--stats", "stats", "--macs", 0.6, "--params", 0.9, "-o", "plan.json"))
+    assert "layers changed" in shown
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["budget"] == "--macs 0.6 --params 0.9"
+
+    plan["layers"] = {"conv2": {"form": "tucker", "ranks": [8, 4]}}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    report = from_json(
+        cli(
+            "prune",
+            "net.onnx",
+            "--stats",
+            "stats",
+            "--plan",
+            "plan.json",
+            "--data",
+            "test.npz",
+            "-o",
+            "s.onnx",
+            "--json",
+        )
+    )
+    assert report["output"] == "s.onnx"
+    assert report["quality_on"] == "40 given samples"
+    assert {name: layer["form"] for name, layer in report["layers"].items()} == {"conv2": "tucker"}
+    shapes = [list(tensor.dims) for tensor in onnx.load(folder / "s.onnx").graph.initializer]
+    assert [4, 8, 3, 3] in shapes
+
+
+def test_prune_shows_what_it_cost(cli: Cli, folder: Path) -> None:
+    outcome = cli("prune", "net.onnx", "--data", "data.npz", "--macs", 0.6, "-o", "small.onnx")
+    shown = done(outcome)
+    for row in ("MACs ", "parameters ", "file size ", "latency, median ", "same decision ", "KL, nats a sample "):
+        assert sum(line.startswith(row) for line in shown.splitlines()) == 1, row
+    assert "held-back samples" in shown
+    assert shown.endswith("written: small.onnx\n")
+    assert outcome.err.splitlines() == [
+        "data.npz: 64 samples of x [3, 8, 8], no labels",
+        "heads: logits categorical (assumed; change with --head)",
+    ]
+    assert (folder / "small.onnx").is_file()
+
+
+def test_dry_run_writes_nothing(cli: Cli, folder: Path) -> None:
+    before = sorted(folder.iterdir())
+    command = ("prune", "net.onnx", "--data", "data.npz", "--macs", 0.6, "-o", "small.onnx", "--dry-run")
+    assert done(cli(*command)).endswith("nothing was written: --dry-run\n")
+    report = from_json(cli(*command, "--json"))
+    assert report["output"] is None
+    assert report["heads"] == {"logits": "categorical"}
+    assert report["macs"]["after"] <= 0.6 * report["macs"]["before"]
+    assert sorted(folder.iterdir()) == before
+
+
+def test_prune_without_data_says_so(cli: Cli, folder: Path) -> None:
+    outcome = cli("prune", "net.onnx", "-o", "small.onnx")
+    assert "quality is unproven" in done(outcome)
+    assert "the weights alone justify no smaller form, give --data" in outcome.out
+    assert "16 synthetic inputs" in outcome.out
+    assert outcome.err == "no data: only what the weights alone justify is pruned, and quality will be unproven\n"
+
+
+def test_prune_with_statistics_only_is_unproven(cli: Cli, folder: Path) -> None:
+    done(cli("collect", "net.onnx", "--data", "data.npz", "-o", "stats"))
+    outcome = cli("prune", "net.onnx", "--stats", "stats", "--macs", 0.6, "-o", "small.onnx")
+    assert "quality is unproven" in done(outcome)
+    assert "no smaller form" not in outcome.out
+
+
+def test_evaluate(cli: Cli, folder: Path) -> None:
+    done(cli("prune", "net.onnx", "--data", "data.npz", "--macs", 0.6, "-o", "small.onnx"))
+    labelled = done(cli("evaluate", "net.onnx", "--data", "test.npz"))
+    assert "top-1 accuracy" in labelled
+    assert "reference" not in labelled
+    compared = done(cli("evaluate", "small.onnx", "--data", "test.npz", "--reference", "net.onnx"))
+    assert "reference" in compared
+    assert "same decision" in compared
+    quality = from_json(
+        cli("evaluate", "small.onnx", "--data", "data.npz", "--reference", "net.onnx", "--max-samples", 10, "--json")
+    )
+    assert quality["samples"] == 10
+    assert quality["accuracy"] is None
+    assert quality["heads"][0]["name"] == "logits"
+
+
+def test_benchmark(cli: Cli, folder: Path) -> None:
+    onnx.save(classifier(seed=1), folder / "other.onnx")
+    shown = done(cli("benchmark", "net.onnx", "other.onnx", "--batch", 2))
+    assert shown.split()[:2] == ["net.onnx", "other.onnx"]
+    assert "latency, median" in shown
+    assert [timing["name"] for timing in from_json(cli("benchmark", "net.onnx", "other.onnx", "--json"))] == [
+        "net.onnx",
+        "other.onnx",
+    ]
+
+
+def test_export_then_prune(cli: Cli, folder: Path) -> None:
+    (folder / "factories_of_cli.py").write_text(
+        "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))\n"
+    )
+    command = ("export", "factories_of_cli:net", "--input-shape", "features:2,8", "-o", "m.onnx")
+    assert done(cli(*command)) == "2 of 2 layers can be pruned\nwritten, and equal to torch: m.onnx\n"
+    assert from_json(cli(*command, "--json")) == {"output": "m.onnx", "layers": 2, "prunable": 2}
+    np.savez(folder / "f.npz", features=np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32))
+    done(cli("prune", "m.onnx", "--data", "f.npz", "--macs", 0.9, "-o", "small.onnx"))
+
+
+def test_demo(cli: Cli, folder: Path) -> None:
+    report = from_json(cli("demo", "--json"))
+    assert report["output"] == "digits-small.onnx"
+    assert report["macs"]["after"] <= 0.5 * report["macs"]["before"]
+    quality = report["quality"]
+    assert quality["samples"] == 500
+    assert quality["accuracy"]["top1"]["value"] > quality["reference_accuracy"]["top1"]["value"] - 0.02 > 0.95
+
+
+# Texts of options
+
+
+def test_option_texts() -> None:
+    assert parse_shapes(["x:1,3, 8,8", "a:b:2"]) == {"x": (1, 3, 8, 8), "a:b": (2,)}
+    assert parse_shapes(None) == {}
+    assert parse_shard("2/3") == (2, 3)
+    assert Heads(["a=b=gaussian", "c=none"]).given == {"a=b": "gaussian", "c": "none"}
+    assert Budgets().given == []
+    assert Budgets(0.5, 100.0).given == [Macs(0.5), Params(100.0)]
+    assert Selection().input_shape is None
+
+
+def test_image_options_replace_those_of_the_preset() -> None:
+    assert Images().given is None
+    assert Images(preset="unit").given == ImageOptions()
+    given = Images(preset="symmetric", std="1,2,3", size="32", layout="nhwc").given
+    assert given == ImageOptions(mean=(0.5,), std=(1.0, 2.0, 3.0), size=(32, 32), layout="NHWC")
+    imagenet = Images(size="32,48").given
+    assert imagenet is not None
+    assert (imagenet.size, imagenet.crop, imagenet.mean) == ((32, 48), 0.875, (0.485, 0.456, 0.406))
+    for bad in (Images(mean="a"), Images(size="1.5"), Images(size="0")):
+        with pytest.raises(UsageError):
+            _ = bad.given
