@@ -137,7 +137,7 @@ class Sampling:
     """What is drawn: samples of the data, targets and positions."""
 
     max_samples: Annotated[int, typer.Option(min=2, help="Use at most this many samples.")] = DEFAULT_SAMPLES
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sampled targets and positions.")] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Seed of noise and positions.")] = 0
 
     @property
     def given(self) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Export a torch module to ONNX and compare it with torch (needs the extra: train)."""
-    from onnx_kfe.export import export_factory, parse_dynamic, parse_input_shape
+    from onnx_kfe.exporting import export_factory, parse_dynamic, parse_input_shape
 
     check_output(output)
     inputs = [parse_input_shape(text) for text in input_shape]

@@ -78,7 +78,7 @@ def collect(
         images: How images become inputs.
         heads: Kind by output name where detection should be overruled.
         max_samples: At most this many samples.
-        seed: Seed of sampled targets and positions.
+        seed: Seed of noise and positions.
         shard: ``(i, n)`` collects the i-th of n parts, to be merged.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
@@ -144,7 +144,7 @@ def prune(
         heads: Kind by output name where detection should be overruled.
         max_samples: At most this many samples.
         round_to: Ranks are multiples of this (smaller ones for small layers).
-        seed: Seed of sampled targets and positions.
+        seed: Seed of noise and positions.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
         measure: Whether to measure quality and latency of the result.

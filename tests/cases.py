@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from onnx_kfe._torch import quiet
-from onnx_kfe.export import export
+from onnx_kfe.exporting import export
+from onnx_kfe.exporting._torch import quiet
 
 __all__ = ["ARCHITECTURES", "CASES", "Case", "load_case"]
 

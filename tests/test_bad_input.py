@@ -441,6 +441,17 @@ def slowly():
 """
 
 
+def interrupted(process: subprocess.Popen[str]) -> str:
+    """Press Ctrl-C as often as it takes: one that arrives in a callback of a C library is lost."""
+    for _ in range(20):
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.communicate(timeout=5)[1]
+        except subprocess.TimeoutExpired:
+            continue
+    raise AssertionError("it goes on")
+
+
 def test_interrupt_is_quiet_and_leaves_nothing(folder: Path) -> None:
     (folder / "generators_of_bad_input.py").write_text(ENDLESS)
     before = contents(folder)
@@ -452,8 +463,7 @@ def test_interrupt_is_quiet_and_leaves_nothing(folder: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "running\n"
         time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        err = interrupted(process)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "error" not in err

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import onnx_kfe.export as export_module
+import onnx_kfe.exporting._export as export_module
 from onnx_kfe.errors import KfeError, UsageError
-from onnx_kfe.export import InputSpec, export, export_factory, parse_dynamic, parse_input_shape
+from onnx_kfe.exporting import ModuleInput, export, export_factory, parse_dynamic, parse_input_shape
 from onnx_kfe.runtime import create_session
 
 FACTORIES = """
@@ -199,7 +199,7 @@ def test_export_errors(change: dict, message: str) -> None:
 def test_torch_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(KfeError, match=r"pip install 'onnx-kfe\[train\]'"):
-        export_factory("a:b", "m.onnx", [InputSpec("x", "float32", (1, 4))])
+        export_factory("a:b", "m.onnx", [ModuleInput("x", "float32", (1, 4))])
 
 
 def test_inputs_of_different_lengths_have_no_common_batch() -> None:
@@ -212,7 +212,7 @@ def test_factory_with_checkpoint(factories: str, tmp_path: Path, suffix: str) ->
     state = {"table.weight": torch.ones(2, 3), "linear.weight": torch.zeros(3, 4), "linear.bias": torch.full((3,), 7.0)}
     checkpoint = tmp_path / f"weights{suffix}"
     save_file(state, checkpoint) if suffix == ".safetensors" else torch.save({"state_dict": state}, checkpoint)
-    inputs = [InputSpec("ids", "int64", (2,)), InputSpec("x", "float32", (2, 4))]
+    inputs = [ModuleInput("ids", "int64", (2,)), ModuleInput("x", "float32", (2, 4))]
     path = list(sys.path)
     model = export_factory(f"{factories}:Two", tmp_path / "two.onnx", inputs, checkpoint)
     assert sys.path == path
@@ -222,14 +222,14 @@ def test_factory_with_checkpoint(factories: str, tmp_path: Path, suffix: str) ->
 
 
 def test_factory_inputs_of_other_names_go_by_position(factories: str, tmp_path: Path) -> None:
-    inputs = [InputSpec("features", "float32", (1, 4)), InputSpec("tokens", "int64", (1,))]
+    inputs = [ModuleInput("features", "float32", (1, 4)), ModuleInput("tokens", "int64", (1,))]
     model = export_factory(f"{factories}:Two", tmp_path / "two.onnx", inputs)
     assert [value.name for value in model.graph.input] == ["features", "tokens"]
     assert model.graph.input[1].type.tensor_type.elem_type == onnx.TensorProto.INT64
 
 
 def test_factory_may_be_the_module_itself(factories: str, tmp_path: Path) -> None:
-    model = export_factory(f"{factories}:instance", tmp_path / "m.onnx", [InputSpec("x", "float32", (1, 4))])
+    model = export_factory(f"{factories}:instance", tmp_path / "m.onnx", [ModuleInput("x", "float32", (1, 4))])
     assert [node.op_type for node in model.graph.node] == ["Relu"]
 
 
@@ -246,12 +246,12 @@ def test_factory_may_be_the_module_itself(factories: str, tmp_path: Path) -> Non
 )
 def test_factory_errors(factories: str, spec: str, message: str) -> None:
     with pytest.raises(KfeError, match=message):
-        export_factory(spec, "m.onnx", [InputSpec("x", "float32", (1, 4))])
+        export_factory(spec, "m.onnx", [ModuleInput("x", "float32", (1, 4))])
 
 
 def test_checkpoint_errors(factories: str, tmp_path: Path) -> None:
     def load(checkpoint: Path) -> None:
-        export_factory(f"{factories}:Two", "m.onnx", [InputSpec("x", "float32", (1, 4))], checkpoint)
+        export_factory(f"{factories}:Two", "m.onnx", [ModuleInput("x", "float32", (1, 4))], checkpoint)
 
     save_file({"linear.weight": torch.zeros(3, 5), "extra": torch.zeros(1)}, tmp_path / "w.safetensors")
     expected = r"2 missing \(table.weight, linear.bias\); 1 unexpected \(extra\); 1 of another shape \(linear.weight\)$"

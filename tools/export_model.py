@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from onnx_kfe.errors import KfeError
-from onnx_kfe.export import export
+from onnx_kfe.exporting import export
 
 
 @dataclass(frozen=True)

@@ -53,18 +53,15 @@ class Output:
     scale: float = 1.0
 
     def loss(self, value: Tensor, noise: Tensor) -> Tensor:
-        """``-log p(y_hat | x)`` summed, with y_hat drawn by the noise from the distribution that the value gives."""
+        """A scalar whose gradient has the covariance of the Fisher information: the output, its variance stabilised."""
         value = value.reshape(noise.shape)
         if self.kind == "gaussian":
-            drawn = (value - self.scale * noise).detach()
-            return 0.5 * ((value - drawn) / self.scale).square().sum()
+            return (value / self.scale * noise).sum()
         if self.kind == "bernoulli":
-            logits = torch.logit(value) if self.probabilities else value
-            drawn = (logits + noise > 0).to(logits.dtype)
-            return F.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
-        logits = torch.log(value) if self.probabilities else value
-        drawn = (logits + noise).argmax(self.axis, keepdim=True)
-        return -logits.log_softmax(self.axis).gather(self.axis, drawn).sum()
+            probabilities = value if self.probabilities else value.sigmoid()
+            return (2 * probabilities.sqrt().asin() * noise).sum()
+        probabilities = value if self.probabilities else value.softmax(self.axis)
+        return (2 * probabilities.sqrt() * noise).sum()
 
 
 @dataclass(frozen=True)

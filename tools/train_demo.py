@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onnx_kfe import demo
-from onnx_kfe.export import export
+from onnx_kfe.exporting import export
 
 SEED = 0
 SPLITS = {"train": 1000, "calibration": 297, "test": 500}

@@ -7,7 +7,7 @@ from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads, sample_n
 from onnx_kfe.calibration._images import ImageOptions, image_preset
 from onnx_kfe.calibration._inputs import InputSpec, Sample, fixed_batch
 from onnx_kfe.calibration._instrument import find_heads
-from onnx_kfe.calibration._statistics import LayerStatistics, Statistics, merge
+from onnx_kfe.calibration._statistics import LayerStatistics, PositionMeans, Statistics, merge
 from onnx_kfe.calibration._synthetic import synthetic_dataset
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "InputSpec",
     "Item",
     "LayerStatistics",
+    "PositionMeans",
     "Sample",
     "Statistics",
     "batch_size",

@@ -22,7 +22,7 @@ from onnx_kfe.calibration._instrument import (
     instrument,
     noise_input,
 )
-from onnx_kfe.calibration._statistics import LayerStatistics, Statistics
+from onnx_kfe.calibration._statistics import LayerStatistics, PositionMeans, Statistics
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.graph import Network, concrete_shapes, nominal_input_shapes
 from onnx_kfe.runtime import create_session
@@ -72,7 +72,7 @@ def collect(
         network: The model.
         data: Calibration samples; labels are not used.
         heads: Kind by output name where detection should be overruled.
-        seed: Seed of sampled targets and positions.
+        seed: Seed of noise and positions.
         shard: ``(i, n)``: collect the i-th of n parts, to be merged.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
@@ -84,7 +84,7 @@ def collect(
     index, count = shard
     if not 0 <= index < count:
         raise UsageError(f"--shard {index}/{count}: shards are numbered 0 to {count - 1}")
-    first = next(iter(data.take(1)))
+    first = next(iter(data))
     shapes = {name: array.shape for name, array in first.sample.items()}
     specs = input_specs(network.model)
     size = batch_size(network, shapes)
@@ -159,6 +159,7 @@ class _Sums:
         self._total = np.zeros((geometry.groups, self._patch))
         self._cotangents = np.zeros((geometry.groups, self._out, self._out))
         self._positions = 0.0
+        self._common = PositionMeans()
         self._samples = 0
 
     def add(self, results: Mapping[str, np.ndarray], samples: int) -> None:
@@ -172,6 +173,7 @@ class _Sums:
         _add_scaled(self._cotangents, results[probe.cotangent_second_moment], positions / taken_cotangents)
         self._positions += positions
         self._samples += samples
+        self._common += self._position_means(results)
         # Squares on the diagonal cannot cancel, so it shows whatever is not finite.
         for sums, what in ((self._inputs, "input"), (self._cotangents, "gradient")):
             if not np.isfinite(np.einsum("gii->gi", sums)).all():
@@ -188,7 +190,19 @@ class _Sums:
         order = (np.arange(channels)[:, None] + channels * stacked).reshape(-1)
         return LayerStatistics(
             self._inputs[:, order[:, None], order], self._total[:, order], self._cotangents,
-            self._positions, self._samples,
+            self._positions, self._samples, self._common,
+        )  # fmt: skip
+
+    def _position_means(self, results: Mapping[str, np.ndarray]) -> PositionMeans:
+        probe = self._probe
+        inputs, cotangents = (
+            results[name].reshape(-1, results[name].shape[-1]).astype(np.float64)
+            for name in (probe.input_means, probe.cotangent_means)
+        )
+        positions = results[probe.input_elements].item() / inputs.size
+        squares = results[probe.input_squares].sum(dtype=np.float64) / positions
+        return PositionMeans(
+            len(inputs), inputs.sum(0), np.square(inputs).sum(), squares, np.square(cotangents).sum()
         )  # fmt: skip
 
 

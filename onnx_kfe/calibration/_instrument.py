@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_kfe.autodiff import Emitter, append_gradients
+from onnx_kfe.calibration._coherence import emit_position_means, emit_squares
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs
 from onnx_kfe.errors import KfeError
@@ -35,6 +36,10 @@ class Probe:
         cotangent_second_moment: ``[groups, o, o]``, summed over the positions taken.
         cotangent_size: Elements of the cotangents taken.
         output_size: Elements of the layer's output.
+        input_means: The input averaged over the positions of each sample, ``[n, c]``.
+        input_squares: Its squares summed, ``[n]``.
+        input_elements: Elements of the input.
+        cotangent_means: The cotangent averaged likewise, ``[n, o]``.
     """
 
     layer: Layer
@@ -44,6 +49,10 @@ class Probe:
     cotangent_second_moment: str
     cotangent_size: str
     output_size: str
+    input_means: str
+    input_squares: str
+    input_elements: str
+    cotangent_means: str
 
     @property
     def outputs(self) -> list[str]:
@@ -51,6 +60,7 @@ class Probe:
         return [
             self.input_second_moment, self.input_sum, self.input_size,
             self.cotangent_second_moment, self.cotangent_size, self.output_size,
+            self.input_means, self.input_squares, self.input_elements, self.cotangent_means,
         ]  # fmt: skip
 
 
@@ -97,7 +107,7 @@ def find_heads(network: Network, kinds: Mapping[str, str] | None = None) -> list
 
 
 def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) -> Instrumented:
-    """Extend a model with its backward pass from sampled targets and the second moments of every layer.
+    """Extend a model with its backward pass and the moments of every layer.
 
     Args:
         model: As of `differentiable_copy`; it is changed.
@@ -123,6 +133,9 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
             moments = [
                 *emit_inputs(emit, layer, values[layer.input], output, phase),
                 *emit_cotangents(emit, layer, gradients.cotangents[output], phase),
+                emit_position_means(emit, layer, values[layer.input]),
+                *emit_squares(emit, values[layer.input]),
+                emit_position_means(emit, layer, gradients.cotangents[output]),
             ]
         except KfeError as error:
             skipped[layer.name] = str(error)
@@ -144,7 +157,7 @@ def _seeds(emit: Emitter, heads: Sequence[Head], values: Mapping[str | None, ir.
         noise = _input(emit.graph, noise_input(head), ir.DataType.FLOAT, source.shape)
         if source.dtype not in (None, ir.DataType.FLOAT):
             noise = emit.op("CastLike", noise, source, like=source)
-        cotangent = HEAD_KINDS[head.kind].cotangent(emit, source, noise, head)
+        cotangent = HEAD_KINDS[head.kind](emit, source, noise, head)
         seeds[source] = emit.op("Add", seeds[source], cotangent, like=source) if source in seeds else cotangent
     return seeds
 

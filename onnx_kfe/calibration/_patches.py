@@ -211,7 +211,8 @@ def _start(emit: Emitter, y: ir.Value, axis: int, stride: int, phase: ir.Value) 
     if stride == 1:
         return emit.ints(0)
     limit = emit.op("Min", emit.ints(stride), emit.size_of(y, 2 + axis), dtype=_INT64)
-    chosen = emit.op("Slice", phase, emit.ints(min(axis, 1)), emit.ints(min(axis, 1) + 1), dtype=_INT64)
+    entry = min(max(axis, 0), 1)
+    chosen = emit.op("Slice", phase, emit.ints(entry), emit.ints(entry + 1), dtype=_INT64)
     return emit.op("Mod", chosen, limit, dtype=_INT64)
 
 

@@ -23,7 +23,57 @@ from onnx_kfe.kfe import Array, centre, symmetrize
 __all__ = ["LayerStatistics", "Statistics", "merge"]
 
 _FORMAT = "onnx-kfe statistics 1"
-_SUMS = ("input_second_moment", "input_sum", "cotangent_second_moment", "positions")
+_OTHER = ("samples", "common")  # fields that are no tensors of their own
+
+
+@dataclass
+class PositionMeans:
+    """Sums over rows, one for each entry of the leading axis, of what is averaged over the positions of a row.
+
+    K-FAC takes the positions of a sample for independent. Where they are not, as before a global average pooling that
+    hands all of them one gradient, changes at all positions add up coherently, and the loss is larger than ``A (x) G``
+    says, up to T times. Split input and cotangent into their mean over the positions and the deviations from it, which
+    are taken for independent; with the shares ``rho`` of their variance that the means carry, the trace of the Fisher
+    information is that of ``A (x) G`` times ``(1 - rho_A)(1 - rho_G) + T rho_A rho_G``: the deviations as in the
+    `expand` setting, the means as in the `reduce` setting of Eschenhagen et al. (2023).
+
+    Attributes:
+        rows: Number of rows.
+        input_mean: Sum of the means of the input, ``[c]``.
+        input_mean_square: Sum of their squared norms.
+        input_square: Sum of the mean squared norms of the input.
+        cotangent_mean_square: Sum of the squared norms of the means of the cotangent.
+    """
+
+    rows: float = 0.0
+    input_mean: Array = field(default_factory=lambda: np.zeros(1))
+    input_mean_square: float = 0.0
+    input_square: float = 0.0
+    cotangent_mean_square: float = 0.0
+
+    def coherence(self, positions: float, cotangent_square: float) -> float:
+        """``(1 - rho_A)(1 - rho_G) + T rho_A rho_G``.
+
+        Args:
+            positions: Positions summed over.
+            cotangent_square: Mean squared norm of the cotangent, the trace of G.
+        """
+        if not self.rows:
+            return 1.0
+        centre_square = float(np.square(self.input_mean / self.rows).sum())
+        input_share = _share(
+            self.input_mean_square / self.rows - centre_square, self.input_square / self.rows - centre_square
+        )
+        cotangent_share = _share(self.cotangent_mean_square / self.rows, cotangent_square)
+        independent = (1 - input_share) * (1 - cotangent_share)
+        return independent + positions / self.rows * input_share * cotangent_share
+
+    def __add__(self, other: PositionMeans) -> PositionMeans:
+        return PositionMeans(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+
+
+def _share(part: float, whole: float) -> float:
+    return float(np.clip(part / whole, 0.0, 1.0)) if whole > 0 else 0.0
 
 
 @dataclass
@@ -36,6 +86,7 @@ class LayerStatistics:
         cotangent_second_moment: Sum of ``g g^T``, ``[groups, o, o]`` with o the output channels of a group.
         positions: Number of positions summed over.
         samples: Number of samples N.
+        common: What the positions of a sample have in common.
     """
 
     input_second_moment: Array
@@ -43,6 +94,7 @@ class LayerStatistics:
     cotangent_second_moment: Array
     positions: float
     samples: int
+    common: PositionMeans = field(default_factory=lambda: PositionMeans())
 
     @property
     def mean(self) -> Array:
@@ -64,6 +116,12 @@ class LayerStatistics:
         """G, ``[groups, o, o]``: averaged over samples and positions."""
         return symmetrize(self.cotangent_second_moment / self.positions)
 
+    @property
+    def coherence(self) -> float:
+        """Trace of the Fisher information over that of ``A (x) G``, see `PositionMeans`."""
+        cotangent_square = float(np.trace(self.output_factor, axis1=1, axis2=2).sum())
+        return self.common.coherence(self.positions, cotangent_square)
+
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         return LayerStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
@@ -74,7 +132,7 @@ class Statistics:
 
     Attributes:
         model_hash: Fingerprint of the model they belong to.
-        seed: Seed of the sampled targets and positions.
+        seed: Seed of noise and positions.
         samples: Number of samples summed over.
         heads: The heads, with their scales.
         input_shapes: Shape of one typical sample for each input.
@@ -97,9 +155,9 @@ class Statistics:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as safetensors, sums in float64, whole or not at all."""
         tensors = {
-            f"{name}/{key}": np.ascontiguousarray(np.asarray(getattr(layer, key), np.float64))
+            f"{name}/{key}": np.array(array, np.float64, order="C")
             for name, layer in self.layers.items()
-            for key in _SUMS
+            for key, array in _tensors(layer).items()
         }
         header = {
             "model_hash": self.model_hash, "seed": self.seed, "samples": self.samples,
@@ -136,8 +194,11 @@ class Statistics:
     def _from_parts(cls, header: dict[str, Any], tensors: Mapping[str, Array]) -> Statistics:
         layers = {}
         for name, samples in header["layers"].items():
-            second, total, cotangent, positions = (tensors[f"{name}/{key}"] for key in _SUMS)
-            layers[name] = LayerStatistics(second, total, cotangent, positions.item(), samples)
+            sums, common = (
+                {f.name: _number(tensors[f"{name}/{f.name}"]) for f in dataclasses.fields(kind) if f.name not in _OTHER}
+                for kind in (LayerStatistics, PositionMeans)
+            )
+            layers[name] = LayerStatistics(**sums, samples=samples, common=PositionMeans(**common))
         return cls(
             header["model_hash"], header["seed"], header["samples"], [Head(**head) for head in header["heads"]],
             {name: tuple(shape) for name, shape in header["input_shapes"].items()}, layers, header["skipped"],
@@ -152,6 +213,15 @@ class Statistics:
         """
         if self.model_hash != model_hash:
             raise KfeError(f"the statistics belong to another model than {name}: collect them again")
+
+
+def _tensors(layer: LayerStatistics) -> dict[str, Any]:
+    fields = {**vars(layer), **vars(layer.common)}
+    return {key: value for key, value in fields.items() if key not in _OTHER}
+
+
+def _number(array: Array) -> Any:
+    return array if array.ndim else array.item()
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:

@@ -24,7 +24,7 @@ def nominal_input_shapes(
 
     Args:
         model: The model.
-        input_shapes: Shapes by input name, as of ``--input-shape``.
+        input_shapes: Shapes by input name, as of ``--input-shape``; a leading 1 stands for a batch fixed by the model.
 
     Raises:
         UsageError: A given name or shape does not fit the model.
@@ -39,13 +39,20 @@ def nominal_input_shapes(
         chosen = given.pop(name, None)
         if chosen is not None and len(chosen) != len(declared):
             raise UsageError(f"--input-shape {value.name}: the model expects rank {len(declared)}, not {len(chosen)}")
-        for axis, dim in enumerate(declared):
-            if isinstance(dim, int) and chosen is not None and chosen[axis] != dim:
-                raise UsageError(f"--input-shape {value.name}: axis {axis} is fixed at {dim}, not {chosen[axis]}")
-        shapes[name] = tuple(chosen) if chosen is not None else tuple(_nominal(declared))
+        shapes[name] = tuple(_nominal(declared)) if chosen is None else _checked(name, chosen, declared)
     if given:
         raise UsageError(f"--input-shape {next(iter(given))}: no such input; the model has {', '.join(shapes)}")
     return shapes
+
+
+def _checked(name: str, chosen: Sequence[int], declared: Sequence[int | ir.SymbolicDim]) -> tuple[int, ...]:
+    shape = list(chosen)
+    for axis, dim in enumerate(declared):
+        if isinstance(dim, int) and shape[axis] != dim:
+            if axis or shape[axis] != 1:
+                raise UsageError(f"--input-shape {name}: axis {axis} is fixed at {dim}, not {shape[axis]}")
+            shape[axis] = dim
+    return tuple(shape)
 
 
 def _nominal(dims: Sequence[int | ir.SymbolicDim]) -> list[int]:

@@ -3,7 +3,7 @@
 from onnx_kfe.kfe._covariance import Array, centre, channel_covariance, predicted_loss, symmetrize
 from onnx_kfe.kfe._low_rank import TwoFactor, two_factor
 from onnx_kfe.kfe._tucker import InputSubspace, input_directions, refine_subspace, solve_core, tucker_losses
-from onnx_kfe.kfe._whitening import Whitening, damp, shrink, shrinkage, whiten
+from onnx_kfe.kfe._whitening import Whitening, damp, whiten
 
 __all__ = [
     "Array",
@@ -16,8 +16,6 @@ __all__ = [
     "input_directions",
     "predicted_loss",
     "refine_subspace",
-    "shrink",
-    "shrinkage",
     "solve_core",
     "symmetrize",
     "tucker_losses",

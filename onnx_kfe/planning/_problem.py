@@ -22,7 +22,7 @@ from onnx_kfe.kfe import (
 
 __all__ = ["GroupProblem", "LayerProblem"]
 
-_OUTPUT_DAMPING = 0.2  # of the mean eigenvalue of G: sampled gradients say little about directions they hardly visit
+_OUTPUT_DAMPING = 0.05  # of the mean eigenvalue of G: sampled gradients say little about directions they hardly visit
 _INPUT_DAMPING = 1e-4  # of A's mean eigenvalue, so that unseen input directions keep the weight they have
 
 
@@ -82,7 +82,8 @@ class LayerProblem:
             factors = [(np.eye(patch), np.eye(out))] * self.geometry.groups
         else:
             self.mean = statistics.mean
-            factors = list(zip(statistics.centred_input_factor, statistics.output_factor, strict=True))
+            coherent = statistics.coherence * statistics.centred_input_factor
+            factors = list(zip(coherent, statistics.output_factor, strict=True))
         self.groups = [GroupProblem(w, a, g) for w, (a, g) in zip(self.weight, factors, strict=True)]
 
     def loss(self, approximation: Array) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from onnx_kfe.planning import Stage
 
 __all__ = ["Chain", "FactorizePass"]
 
-_GEOMETRY = ("kernel_shape", "strides", "pads", "dilations", "auto_pad")
+_GEOMETRY = ("strides", "pads", "dilations", "auto_pad")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ class FactorizePass(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the nodes."""
         nodes = {node.name: node for node in model.graph if node.name in self.chains}
+        taken = _names(model.graph)
         for name, chain in self.chains.items():
-            _replace(model.graph, nodes[name], chain)
+            _Writer(model.graph, nodes[name], chain, taken).replace()
         return PassResult(model, modified=bool(self.chains))
 
     def ensures(self, model: ir.Model) -> None:
@@ -69,106 +70,105 @@ class FactorizePass(InPlacePass):
             raise PostconditionError(f"node {left[0]} was not replaced")
 
 
-def _replace(graph: ir.Graph, node: ir.Node, chain: Chain) -> None:
-    value = node.inputs[0]
-    assert value is not None
-    writer = _write_convolution if node.op_type == "Conv" else _write_linear
-    nodes: list[ir.Node] = []
-    for place, stage in enumerate(chain.stages):
-        last = place == len(chain.stages) - 1
-        bias = chain.bias if last and np.any(chain.bias) else None
-        new = writer(graph, node, value, stage, f"{chain.form}_{place}", bias)
-        if not last:
-            _describe(new[-1].outputs[0], node, stage)
-        nodes += new
-        value = new[-1].outputs[0]
-    inputs = list(node.inputs[1:])
-    if node.op_type == "MatMul" and np.any(chain.bias) and not _absorb_into_add(graph, node, chain):
-        addend = _initializer(graph, f"{node.name}/bias", chain.bias, _dtype(node))
-        nodes.append(ir.Node("", "Add", [value, addend], name=f"{node.name}/bias_add"))
-        value = nodes[-1].outputs[0]
-    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, [value])
-    for old in inputs:
-        if old is not None and old.is_initializer() and not old.uses() and not old.is_graph_output():
-            graph.initializers.pop(old.name or "")
+class _Writer:
+    """Writes the chain of one layer."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node, chain: Chain, taken: set[str]) -> None:
+        weight = node.inputs[1]
+        assert weight is not None
+        assert weight.const_value is not None
+        self.graph, self.node, self.chain, self.taken = graph, node, chain, taken
+        self.dtype = weight.const_value.dtype
+        self.stem = weight.name or f"{node.name}/weight"
+
+    def replace(self) -> None:
+        """Put the chain in the layer's place, and drop what nothing else reads."""
+        node, bias = self.node, self.chain.bias
+        old = [value for value in node.inputs[1:] if value is not None and value.is_initializer()]
+        value = node.inputs[0]
+        assert value is not None
+        write = self._convolution if node.op_type == "Conv" else self._product
+        nodes: list[ir.Node] = []
+        for place, stage in enumerate(self.chain.stages):
+            last = place == len(self.chain.stages) - 1
+            inputs = [value, self._constant(f"{self.stem}/{self.chain.form}_{place}", self._layout(stage))]
+            if last and node.op_type != "MatMul" and np.any(bias):
+                inputs.append(self._constant(f"{self.stem}/bias", bias))
+            nodes.append(write(inputs, stage, self._unique(f"{node.name}/{self.chain.form}_{place}")))
+            value = nodes[-1].outputs[0]
+            if not last:  # its shape is inferred once the graph is whole
+                value.name, value.type = self._unique(f"{nodes[-1].name}_output"), node.outputs[0].type
+        if node.op_type == "MatMul" and np.any(bias) and not self._absorbed_by_add():
+            inputs = [value, self._constant(f"{self.stem}/bias", bias)]
+            nodes.append(ir.Node("", "Add", inputs, name=self._unique(f"{node.name}/bias_add")))
+            value = nodes[-1].outputs[0]
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], nodes, node.outputs, [value])
+        for constant in old:
+            self._drop_unused(constant)
+
+    def _layout(self, stage: Stage) -> Array:
+        """The weight as the node stores it: Gemm in the orientation it had."""
+        if self.node.op_type != "Conv":
+            return stage.weight[0] if self._transposed() else stage.weight[0].T
+        groups, out, inside = stage.weight.shape[:3]
+        kernel = stage.weight.shape[3:] if stage.spatial else (1,) * (self.node.inputs[1].shape.rank() - 2)  # type: ignore[union-attr]
+        return stage.weight.reshape(groups * out, inside, *kernel)
+
+    def _transposed(self) -> bool:
+        return self.node.attributes.get_int("transB", 0) == 1
+
+    def _convolution(self, inputs: Sequence[ir.Value], stage: Stage, name: str) -> ir.Node:
+        kernel = inputs[1].shape.numpy()[2:]  # type: ignore[union-attr]
+        attributes = [ir.AttrInt64("group", len(stage.weight)), ir.AttrInt64s("kernel_shape", kernel)]
+        if stage.spatial:
+            attributes += [self.node.attributes[key] for key in _GEOMETRY if key in self.node.attributes]
+        return ir.Node("", "Conv", inputs, attributes, name=name)
+
+    def _product(self, inputs: Sequence[ir.Value], stage: Stage, name: str) -> ir.Node:
+        transposed = [ir.AttrInt64("transB", 1)] if self._transposed() else []
+        return ir.Node("", self.node.op_type, inputs, transposed, name=name)
+
+    def _absorbed_by_add(self) -> bool:
+        """Move the bias of a MatMul into the constant that the next node adds, where it adds one a feature."""
+        output = self.node.outputs[0]
+        uses = list(output.uses())
+        if len(uses) != 1 or uses[0].node.op_type != "Add" or output.is_graph_output():
+            return False
+        add, place = uses[0].node, 1 - uses[0].idx
+        addend = add.inputs[place]
+        if addend is None or not addend.is_initializer() or addend.const_value is None:
+            return False
+        if addend.const_value.shape != self.chain.bias.shape:
+            return False
+        moved = addend.const_value.numpy().astype(np.float64) + self.chain.bias
+        add.replace_input_with(place, self._constant(f"{addend.name}/kfe", moved))
+        self._drop_unused(addend)
+        return True
+
+    def _constant(self, name: str, array: Array) -> ir.Value:
+        name = self._unique(name)
+        tensor = ir.tensor(np.ascontiguousarray(array, self.dtype.numpy()), dtype=self.dtype, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(self.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def _drop_unused(self, value: ir.Value) -> None:
+        if value.graph is not None and not value.uses() and not value.is_graph_output():
+            value.graph.initializers.pop(value.name or "")
+
+    def _unique(self, name: str) -> str:
+        unique, count = name, 1
+        while unique in self.taken:
+            count += 1
+            unique = f"{name}_{count}"
+        self.taken.add(unique)
+        return unique
 
 
-def _write_convolution(
-    graph: ir.Graph, node: ir.Node, value: ir.Value, stage: Stage, suffix: str, bias: Array | None
-) -> list[ir.Node]:
-    groups, out, inside = stage.weight.shape[:3]
-    spatial_axes = len(node.inputs[1].shape) - 2  # type: ignore[union-attr, arg-type]
-    kernel = stage.weight.shape[3:] if stage.spatial else (1,) * spatial_axes
-    weight = stage.weight.reshape(groups * out, inside, *kernel)
-    attributes = [ir.AttrInt64("group", groups), ir.AttrInt64s("kernel_shape", list(kernel))]
-    if stage.spatial:
-        attributes += [a for key, a in node.attributes.items() if key in _GEOMETRY and key != "kernel_shape"]
-    inputs = [value, _initializer(graph, f"{_stem(node)}/{suffix}", weight, _dtype(node))]
-    if bias is not None:
-        inputs.append(_initializer(graph, f"{_stem(node)}/bias", bias, _dtype(node)))
-    return [ir.Node("", "Conv", inputs, attributes, name=f"{node.name}/{suffix}")]
-
-
-def _write_linear(
-    graph: ir.Graph, node: ir.Node, value: ir.Value, stage: Stage, suffix: str, bias: Array | None
-) -> list[ir.Node]:
-    """Gemm stays Gemm, its weight in the orientation it had; MatMul stays MatMul, its bias an Add by the caller."""
-    matrix = stage.weight[0]
-    flipped = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
-    weight = _initializer(graph, f"{_stem(node)}/{suffix}", matrix if flipped else matrix.T, _dtype(node))
-    name = f"{node.name}/{suffix}"
-    if node.op_type == "MatMul":
-        return [ir.Node("", "MatMul", [value, weight], name=name)]
-    inputs = [value, weight]
-    if bias is not None:
-        inputs.append(_initializer(graph, f"{_stem(node)}/bias", bias, _dtype(node)))
-    return [ir.Node("", "Gemm", inputs, [ir.AttrInt64("transB", int(flipped))], name=name)]
-
-
-def _absorb_into_add(graph: ir.Graph, node: ir.Node, chain: Chain) -> bool:
-    """Move the bias of a MatMul into the constant that the next node adds, where it adds one a feature."""
-    output = node.outputs[0]
-    uses = list(output.uses())
-    if len(uses) != 1 or uses[0].node.op_type != "Add" or output.is_graph_output():
-        return False
-    add, place = uses[0].node, uses[0].idx
-    addend = add.inputs[1 - place]
-    if addend is None or addend.const_value is None or not addend.is_initializer():
-        return False
-    if tuple(addend.const_value.shape) != chain.bias.shape:
-        return False
-    moved = addend.const_value.numpy().astype(np.float64) + chain.bias
-    add.replace_input_with(1 - place, _initializer(graph, f"{addend.name}/kfe", moved, _dtype(node)))
-    if not addend.uses() and not addend.is_graph_output():
-        graph.initializers.pop(addend.name or "")
-    return True
-
-
-def _initializer(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
-    unique, count = name, 1
-    while unique in graph.initializers:
-        count += 1
-        unique = f"{name}_{count}"
-    tensor = ir.tensor(np.ascontiguousarray(array, dtype.numpy()), dtype=dtype, name=unique)
-    value = ir.Value(name=unique, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _describe(value: ir.Value, node: ir.Node, stage: Stage) -> None:
-    """Name and type the value between two stages; its shape is inferred once the graph is whole."""
-    producer = value.producer()
-    value.name = f"{producer.name if producer is not None else node.name}_output"
-    value.type = node.outputs[0].type
-
-
-def _dtype(node: ir.Node) -> ir.DataType:
-    weight = node.inputs[1]
-    assert weight is not None
-    assert weight.const_value is not None
-    return weight.const_value.dtype
-
-
-def _stem(node: ir.Node) -> str:
-    weight = node.inputs[1]
-    return (weight.name if weight is not None else None) or f"{node.name}/weight"
+def _names(graph: ir.Graph) -> set[str]:
+    """Names of all nodes and values, those in bodies included."""
+    nodes = list(graph.all_nodes())
+    values = [value for node in nodes for value in node.outputs]
+    graphs = [graph, *graph.subgraphs()]
+    values += [value for each in graphs for value in (*each.inputs, *each.initializers.values())]
+    return {name or "" for name in (*(node.name for node in nodes), *(value.name for value in values))}

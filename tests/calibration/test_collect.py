@@ -239,10 +239,11 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 def sampled(network: Network, heads: list[Head], feeds: dict[str, np.ndarray], logits: np.ndarray) -> np.ndarray:
-    """``p - onehot(y_hat)``, the gradient of ``-log p(y_hat)`` at the logits."""
+    """The derivative of ``sum 2 sqrt(p) * noise`` at the logits."""
     noise = noise_of(network, heads, feeds)
-    gumbel = np.concatenate([noise(n)[0] for n in range(len(logits))])
-    return softmax(logits) - np.eye(logits.shape[1])[(logits + gumbel).argmax(1)]
+    probabilities = softmax(logits)
+    spread = np.sqrt(probabilities) * np.concatenate([noise(n)[0] for n in range(len(logits))])
+    return spread - probabilities * spread.sum(1, keepdims=True)
 
 
 def test_predicted_loss_is_exact_for_an_mlp():

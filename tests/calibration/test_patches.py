@@ -9,7 +9,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnx_kfe.calibration import LayerStatistics, find_heads
-from onnx_kfe.calibration._collect import _accumulate
+from onnx_kfe.calibration._collect import _Sums
 from onnx_kfe.calibration._instrument import PHASE_INPUT, differentiable_copy, instrument, noise_input
 from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, grid_strides
 from onnx_kfe.graph import open_network
@@ -134,14 +134,14 @@ class Probed:
         wanted = {value.name for value in self.session.get_inputs()}
         values = self.session.run(self.probe.outputs, {k: v for k, v in feeds.items() if k in wanted})
         results = dict(zip(self.probe.outputs, values, strict=True))
-        sums: dict[str, LayerStatistics] = {}
-        _accumulate(sums, self.probe, results, SAMPLES)
+        sums = _Sums(self.probe)
+        sums.add(results, SAMPLES)
         geometry = self.layer.geometry
         assert geometry is not None
         positions = int(results[self.probe.output_size]) / geometry.out_channels
         inputs = int(results[self.probe.input_size]) / (geometry.patch_size * geometry.groups)
         cotangents = int(results[self.probe.cotangent_size]) / geometry.out_channels
-        return sums[self.layer.name], inputs / positions, cotangents / positions
+        return sums.statistics(), inputs / positions, cotangents / positions
 
 
 def _phases(geometry: Geometry, extent: tuple[int, ...], share: float) -> list[tuple[int, int]]:

@@ -56,7 +56,7 @@ def one_shot(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--statistics", type=Path, help="statistics of the images, collected when not given")
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampled targets and positions")
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise and positions")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
 

@@ -14,15 +14,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnx_kfe._factory import InputSpec, build_module, load_weights, parse_dynamic, parse_input_shape
-from onnx_kfe._torch import evaluating, import_torch, parameter_names, quiet, reason
 from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.exporting._factory import ModuleInput, build_module, load_weights
+from onnx_kfe.exporting._torch import evaluating, import_torch, parameter_names, quiet, reason
 from onnx_kfe.runtime import create_session
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["InputSpec", "export", "export_factory", "parse_dynamic", "parse_input_shape"]
+__all__ = ["export", "export_factory"]
 
 Dynamic = Mapping[str, Mapping[int, str]]
 
@@ -90,7 +90,7 @@ def export(
 def export_factory(
     spec: str,
     output: str | Path,
-    inputs: Sequence[InputSpec],
+    inputs: Sequence[ModuleInput],
     checkpoint: str | Path | None = None,
     opset: int | None = None,
     dynamic: Dynamic | None = None,

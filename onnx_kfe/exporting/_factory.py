@@ -10,18 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from onnx_kfe._torch import import_torch, reason
 from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.exporting._torch import import_torch, reason
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["InputSpec", "build_module", "load_weights", "parse_dynamic", "parse_input_shape"]
+__all__ = ["ModuleInput", "build_module", "load_weights", "parse_dynamic", "parse_input_shape"]
 
 _DTYPES = ("float32", "float16", "float64", "int64", "int32", "uint8", "bool")
 
 
-class InputSpec(NamedTuple):
+class ModuleInput(NamedTuple):
     """One input of a module: its name, its element type (a numpy name) and the shape of an example."""
 
     name: str
@@ -35,7 +35,7 @@ class InputSpec(NamedTuple):
         return (noise if self.dtype.startswith("float") else noise > 0).to(getattr(torch, self.dtype))
 
 
-def parse_input_shape(text: str) -> InputSpec:
+def parse_input_shape(text: str) -> ModuleInput:
     """Read ``name:1,3,224,224`` or ``name:int64:1,128``; the type is float32 where it is left out.
 
     Raises:
@@ -51,14 +51,14 @@ def parse_input_shape(text: str) -> InputSpec:
         raise UsageError(f"--input-shape {text!r}: write it as x:1,3,224,224 or ids:int64:1,128")
     if dtype not in _DTYPES:
         raise UsageError(f"--input-shape {text!r}: no type {dtype!r}, it can be {', '.join(_DTYPES)}")
-    return InputSpec(name, dtype, sizes)
+    return ModuleInput(name, dtype, sizes)
 
 
 def parse_dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]] | None:
     """Read the ``--dynamic`` options: each ``x:0=batch``, or a single ``none`` for fixed sizes.
 
     Returns:
-        What `onnx_kfe.export.export` takes as ``dynamic``: None when there are no texts, ``{}`` for ``none``.
+        What `onnx_kfe.exporting.export` takes as ``dynamic``: None when there are no texts, ``{}`` for ``none``.
 
     Raises:
         UsageError: A text is not of this form.

@@ -1,0 +1,6 @@
+"""Exporting: a torch module to ONNX by torch's own exporter, compared with torch before it is called done."""
+
+from onnx_kfe.exporting._export import export, export_factory
+from onnx_kfe.exporting._factory import ModuleInput, parse_dynamic, parse_input_shape
+
+__all__ = ["ModuleInput", "export", "export_factory", "parse_dynamic", "parse_input_shape"]
