@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_kfe.autodiff import Emitter
 from onnx_kfe.graph import Layer
 
-__all__ = ["emit_position_means", "emit_squares"]
+__all__ = ["emit_position_means"]
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -23,14 +23,6 @@ def emit_position_means(emit: Emitter, layer: Layer, value: ir.Value) -> ir.Valu
     rank = len(value.shape or (None, None))
     axes = range(2, rank) if layer.op_type == "Conv" else range(1, rank - 1)
     return _float32(emit, emit.op("ReduceMean", value, emit.ints(*axes), keepdims=0) if axes else value)
-
-
-def emit_squares(emit: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Sum of the squares of a layer's input for each sample, ``[samples]``, and the count of all its elements."""
-    x = _float32(emit, x)
-    axes = range(1, len(x.shape or (None, None)))
-    squares = emit.op("ReduceSumSquare", x, emit.ints(*axes), shape=(None,), keepdims=0)
-    return squares, emit.op("Size", x, dtype=ir.DataType.INT64, shape=())
 
 
 def _float32(emit: Emitter, x: ir.Value) -> ir.Value:

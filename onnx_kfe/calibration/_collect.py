@@ -199,11 +199,7 @@ class _Sums:
             results[name].reshape(-1, results[name].shape[-1]).astype(np.float64)
             for name in (probe.input_means, probe.cotangent_means)
         )
-        positions = results[probe.input_elements].item() / inputs.size
-        squares = results[probe.input_squares].sum(dtype=np.float64) / positions
-        return PositionMeans(
-            len(inputs), inputs.sum(0), np.square(inputs).sum(), squares, np.square(cotangents).sum()
-        )  # fmt: skip
+        return PositionMeans(len(inputs), inputs.sum(0), np.square(inputs).sum(), np.square(cotangents).sum())
 
 
 def _add_scaled(sums: np.ndarray, added: np.ndarray, scale: float) -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_kfe.autodiff import Emitter, append_gradients
-from onnx_kfe.calibration._coherence import emit_position_means, emit_squares
+from onnx_kfe.calibration._coherence import emit_position_means
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs
 from onnx_kfe.errors import KfeError
@@ -37,8 +37,6 @@ class Probe:
         cotangent_size: Elements of the cotangents taken.
         output_size: Elements of the layer's output.
         input_means: The input averaged over the positions of each sample, ``[n, c]``.
-        input_squares: Its squares summed, ``[n]``.
-        input_elements: Elements of the input.
         cotangent_means: The cotangent averaged likewise, ``[n, o]``.
     """
 
@@ -50,8 +48,6 @@ class Probe:
     cotangent_size: str
     output_size: str
     input_means: str
-    input_squares: str
-    input_elements: str
     cotangent_means: str
 
     @property
@@ -60,7 +56,7 @@ class Probe:
         return [
             self.input_second_moment, self.input_sum, self.input_size,
             self.cotangent_second_moment, self.cotangent_size, self.output_size,
-            self.input_means, self.input_squares, self.input_elements, self.cotangent_means,
+            self.input_means, self.cotangent_means,
         ]  # fmt: skip
 
 
@@ -134,7 +130,6 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
                 *emit_inputs(emit, layer, values[layer.input], output, phase),
                 *emit_cotangents(emit, layer, gradients.cotangents[output], phase),
                 emit_position_means(emit, layer, values[layer.input]),
-                *emit_squares(emit, values[layer.input]),
                 emit_position_means(emit, layer, gradients.cotangents[output]),
             ]
         except KfeError as error:

@@ -41,29 +41,24 @@ class PositionMeans:
         rows: Number of rows.
         input_mean: Sum of the means of the input, ``[c]``.
         input_mean_square: Sum of their squared norms.
-        input_square: Sum of the mean squared norms of the input.
         cotangent_mean_square: Sum of the squared norms of the means of the cotangent.
     """
 
     rows: float = 0.0
     input_mean: Array = field(default_factory=lambda: np.zeros(1))
     input_mean_square: float = 0.0
-    input_square: float = 0.0
     cotangent_mean_square: float = 0.0
 
-    def coherence(self, positions: float, cotangent_square: float) -> float:
+    def coherence(self, positions: float, input_variance: float, cotangent_square: float) -> float:
         """``(1 - rho_A)(1 - rho_G) + T rho_A rho_G``.
 
         Args:
             positions: Positions summed over.
+            input_variance: Variance of the input over all positions, summed over channels.
             cotangent_square: Mean squared norm of the cotangent, the trace of G.
         """
-        if not self.rows:
-            return 1.0
         centre_square = float(np.square(self.input_mean / self.rows).sum())
-        input_share = _share(
-            self.input_mean_square / self.rows - centre_square, self.input_square / self.rows - centre_square
-        )
+        input_share = _share(self.input_mean_square / self.rows - centre_square, input_variance)
         cotangent_share = _share(self.cotangent_mean_square / self.rows, cotangent_square)
         independent = (1 - input_share) * (1 - cotangent_share)
         return independent + positions / self.rows * input_share * cotangent_share
@@ -119,8 +114,14 @@ class LayerStatistics:
     @property
     def coherence(self) -> float:
         """Trace of the Fisher information over that of ``A (x) G``, see `PositionMeans`."""
-        cotangent_square = float(np.trace(self.output_factor, axis1=1, axis2=2).sum())
-        return self.common.coherence(self.positions, cotangent_square)
+        if not self.common.rows:
+            return 1.0
+        variances = np.einsum("gii->gi", self.centred_input_factor).reshape(len(self.common.input_mean), -1)
+        middle = variances[:, variances.shape[1] // 2]  # the tap that sees the least of the padding
+        cotangent_square = np.einsum("gii->", self.output_factor)
+        return self.common.coherence(
+            self.positions, float(middle.sum()) * self.samples / self.positions, float(cotangent_square)
+        )
 
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         return LayerStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))

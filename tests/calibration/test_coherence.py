@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import numpy_helper, parser
 
-from onnx_kfe.calibration import PositionMeans, Statistics, _patches, collect, open_dataset, sample_noise
+from onnx_kfe.calibration import Statistics, _patches, collect, open_dataset, sample_noise
 from onnx_kfe.calibration import input_specs as specs_of
 from onnx_kfe.graph import Network, open_network
 
@@ -74,10 +74,5 @@ def test_rows_of_products(body: str, shape: str):
     assert layer.common.rows == 10
     assert np.allclose(layer.common.input_mean, flat.mean(1).sum(0), rtol=1e-4, atol=1e-5)
     assert layer.common.input_mean_square == pytest.approx(np.square(flat.mean(1)).sum(), rel=1e-5)
-    assert layer.common.input_square == pytest.approx(np.square(flat).sum(2).mean(1).sum(), rel=1e-5)
     if flat.shape[1] == 1:
         assert layer.coherence == pytest.approx(1.0)
-
-
-def test_statistics_without_means_are_taken_as_they_are():
-    assert PositionMeans().coherence(10.0, 1.0) == 1.0
