@@ -332,6 +332,11 @@ def test_a_model_of_fixed_batches() -> None:
     assert result.quality.samples % 4 == 0
 
 
+def test_data_that_never_vary_leave_a_model_that_works() -> None:
+    result = kfe.prune(classifier(), np.ones((40, 3, 8, 8), np.float32), kfe.Macs(0.6))
+    assert result.report["macs"]["after"] <= 0.6 * result.report["macs"]["before"]
+
+
 def test_progress_is_told_every_sample_and_layer() -> None:
     progress = Recorded()
     result = kfe.prune(classifier(), samples(64), kfe.Macs(0.6), progress=progress)

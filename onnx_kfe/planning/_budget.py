@@ -27,9 +27,9 @@ class Budget:
     option = ""
 
     def __post_init__(self) -> None:
-        if not 0 < self.amount < math.inf:
+        if not 0 < self.amount < math.inf or (self.amount > 1 and self.amount != int(self.amount)):
             raise UsageError(
-                f"{self.option} {self.amount}: give a fraction of the original (0 to 1) or a number above 1"
+                f"{self.option} {self.amount}: give a fraction of the original (0 to 1) or a whole number above 1"
             )
 
     def __str__(self) -> str:

@@ -23,6 +23,7 @@ from onnx_kfe.kfe import (
 __all__ = ["GroupProblem", "LayerProblem"]
 
 _OUTPUT_DAMPING = 0.05  # of the mean eigenvalue of G: sampled gradients say little about directions they hardly visit
+_ROUNDING = 3e-7  # of float32 sums, as a share of A's trace
 _INPUT_DAMPING = 1e-4  # of A's mean eigenvalue, so that unseen input directions keep the weight they have
 
 
@@ -82,7 +83,7 @@ class LayerProblem:
             factors = [(np.eye(patch), np.eye(out))] * self.geometry.groups
         else:
             self.mean = statistics.mean
-            coherent = statistics.coherence * statistics.centred_input_factor
+            coherent = statistics.coherence * _above_rounding(statistics)
             factors = list(zip(coherent, statistics.output_factor, strict=True))
         self.groups = [GroupProblem(w, a, g) for w, (a, g) in zip(self.weight, factors, strict=True)]
 
@@ -96,3 +97,9 @@ class LayerProblem:
         change = (self.weight - approximation).reshape(*self.weight.shape[:2], -1)
         moved = np.einsum("goi,gi->go", change, self.mean).reshape(-1)
         return moved if bias is None else bias + moved
+
+
+def _above_rounding(statistics: LayerStatistics) -> Array:
+    """The centred A, positive definite even where the data hardly vary and rounding is all that is left."""
+    rounding = _ROUNDING * np.einsum("gii->g", statistics.input_factor)
+    return statistics.centred_input_factor + rounding[:, None, None] * np.eye(statistics.input_factor.shape[1])
