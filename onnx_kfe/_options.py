@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -12,23 +13,29 @@ import typer
 
 from onnx_kfe.calibration import ImageOptions, image_preset
 from onnx_kfe.errors import UsageError
+from onnx_kfe.evaluation import METRICS
 from onnx_kfe.graph import Network, open_network
 from onnx_kfe.pipeline import DEFAULT_SAMPLES
 from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Macs, Params
 
 __all__ = [
+    "DEFAULT_MEMORY",
     "Budgets",
     "Data",
+    "Floor",
     "Heads",
     "Images",
     "Json",
     "Labels",
     "Machine",
+    "Memory",
     "Model",
     "Output",
+    "Recovery",
     "Sampling",
     "Selection",
     "flattened",
+    "parse_bytes",
     "parse_shapes",
     "parse_shard",
 ]
@@ -40,8 +47,13 @@ Labels = Annotated[Path | None, typer.Option("--labels", help="CSV of file,label
 _DATA_HELP = "Inputs: image folder, .npz, .npy, test_data_set folder, or package.module:function; repeatable."
 Data = Annotated[list[str] | None, typer.Option("--data", help=_DATA_HELP)]
 
+Memory = Annotated[str, typer.Option(help="Memory of the refit for activations, the rest goes to disk.")]
+DEFAULT_MEMORY = "4GB"
+
 _SHAPE_HELP = "name:1,3,224,224 for free axes; repeatable."
 _HEAD_HELP = "NAME=KIND of an output: categorical, bernoulli, gaussian, none."
+_DROP_HELP = "Find the smallest model that is no more than this worse, instead of a budget."
+_METRIC_HELP = f"What --max-drop is measured in: {', '.join(METRICS)}."
 _PRESET_HELP = "Image preprocessing by name, e.g. imagenet, unit, raw."
 
 
@@ -118,6 +130,32 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True)
+class Floor:
+    """What the result must be worth, instead of a budget."""
+
+    max_drop: Annotated[float | None, typer.Option("--max-drop", help=_DROP_HELP)] = None
+    metric: Annotated[str | None, typer.Option("--metric", help=_METRIC_HELP)] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments of the API."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+    """How what was lost is taken back."""
+
+    no_refit: Annotated[bool, typer.Option("--no-refit", help="Do not solve the layers anew on the samples.")] = False
+    memory: Memory = DEFAULT_MEMORY
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments of the API."""
+        return {"refit": not self.no_refit, "memory": parse_bytes(self.memory)}
+
+
+@dataclasses.dataclass(frozen=True)
 class Heads:
     """What the outputs mean."""
 
@@ -180,6 +218,14 @@ def parse_shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
             raise UsageError(f"--input-shape {text}: write name:1,3,224,224")
         shapes[name] = tuple(int(size) for size in sizes.split(","))
     return shapes
+
+
+def parse_bytes(text: str) -> int:
+    """Read ``4GB``, ``500MB`` or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"--memory {text}: write a size such as 4GB or 500MB")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def parse_shard(text: str) -> tuple[int, int]:

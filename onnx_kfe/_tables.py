@@ -10,11 +10,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from onnx_kfe._floor import Floor, format_drop
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.console import print_line, print_renderable
 from onnx_kfe.evaluation import HeadQuality, Quality, Rate, Timing
 from onnx_kfe.graph import Geometry, Layer, Network
-from onnx_kfe.planning import Plan, network_cost
+from onnx_kfe.planning import Plan, meets, network_cost
 from onnx_kfe.result import Result
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "statistics_summary",
 ]
 
+_FAR = 5.0  # measured over predicted loss, or the inverse, that is worth a word
 _NAMED = 3  # layers named for each reason, where more are only counted
 
 
@@ -108,7 +110,9 @@ def show_result(result: Result) -> None:
         table.add_row(title, *values, last)
     print_renderable(table)
     if result.quality is not None:
-        _print_quality(result.quality, f"quality, {result.measured_on}", ("original", "pruned"))
+        predicted = None if result.statistics is None else result.predicted_loss
+        _print_quality(result.quality, f"quality, {result.measured_on}", ("original", "pruned"), predicted)
+        _print_ratio(result.loss_ratio)
     if result.network.input_shapes:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in result.network.input_shapes.items())
         print_line(f"MACs are counted at {shapes}")
@@ -117,6 +121,8 @@ def show_result(result: Result) -> None:
         print_line("nothing was changed: the weights alone justify no smaller form, give --data", "yellow")
     if not result.proven:
         print_line("quality is unproven: it was measured on synthetic inputs only", "yellow")
+    if result.floor is not None:
+        _print_floor(result.floor)
 
 
 def show_quality(quality: Quality) -> None:
@@ -151,32 +157,63 @@ def _timing_rows(timings: Sequence[Timing]) -> Iterator[tuple[str, list[str], st
         yield "peak memory", [_bytes(t.peak_memory or 0) for t in timings], f"{ratio:.1%}"
 
 
-def _print_quality(quality: Quality, title: str, columns: Sequence[str]) -> None:
+def _print_quality(quality: Quality, title: str, columns: Sequence[str], predicted: float | None = None) -> None:
     """One row a measure; the columns are the reference, left out where it would be empty, and the model."""
     columns = columns if quality.reference_accuracy is not None else columns[1:]
     table = _table(title, *(f">{column}" for column in columns), "95 % interval")
     rows = [*_accuracy_rows(quality), *(row for head in quality.heads for row in _head_rows(head, len(quality.heads)))]
-    for name, before, after, rate in rows:
-        interval = f"{rate.low:.2%} to {rate.high:.2%}" if rate is not None else ""
+    if predicted is not None:
+        rows.append(("predicted loss, nats", "", f"{predicted:.3g}", ""))
+    for name, before, after, interval in rows:
         table.add_row(name, *(before, after)[-len(columns) :], interval)
     print_renderable(table)
 
 
-def _accuracy_rows(quality: Quality) -> Iterator[tuple[str, str, str, Rate | None]]:
+def _accuracy_rows(quality: Quality) -> Iterator[tuple[str, str, str, str]]:
     for title, key in (("top-1 accuracy", "top1"), ("top-5 accuracy", "top5")):
         before, after = (getattr(accuracy, key, None) for accuracy in (quality.reference_accuracy, quality.accuracy))
         if after is not None:
-            yield title, f"{before.value:.2%}" if before is not None else "", f"{after.value:.2%}", after
+            yield title, f"{before.value:.2%}" if before is not None else "", f"{after.value:.2%}", _percents(after)
 
 
-def _head_rows(head: HeadQuality, heads: int) -> Iterator[tuple[str, str, str, Rate | None]]:
+def _head_rows(head: HeadQuality, heads: int) -> Iterator[tuple[str, str, str, str]]:
     prefix = f"{head.name}: " if heads > 1 else ""
+    interval = "{:.3g} to {:.3g}".format(*head.interval) if head.interval is not None else ""
     if head.agreement is not None:
-        yield f"{prefix}same decision", "", f"{head.agreement.value:.2%}", head.agreement
+        yield f"{prefix}same decision", "", f"{head.agreement.value:.2%}", _percents(head.agreement)
     if head.kl is not None:
-        yield f"{prefix}KL, nats a sample", "", f"{head.kl:.3g}", None
+        yield f"{prefix}KL, nats a sample", "", f"{head.kl:.3g}", interval
     if head.relative_error is not None:
-        yield f"{prefix}relative error", "", f"{head.relative_error:.3g}", None
+        yield f"{prefix}relative error", "", f"{head.relative_error:.3g}", interval
+
+
+def _percents(rate: Rate) -> str:
+    return f"{rate.low:.2%} to {rate.high:.2%}"
+
+
+def _print_ratio(ratio: float | None) -> None:
+    """Say so where measured and predicted loss part."""
+    if ratio is not None and ratio > _FAR:
+        print_line(f"measured loss is {ratio:.2g} times the predicted: many layers were cut deeply at once")
+    elif ratio is not None and ratio < 1 / _FAR:
+        print_line(f"measured loss is only {ratio:.2g} times the predicted")
+
+
+def _print_floor(floor: Floor) -> None:
+    """The curve of what was tried, and how sure the result is."""
+    table = _table("MACs kept", ">predicted loss", f">{floor.metric} drop", "95 % interval", "")
+    for trial in floor.curve:
+        drop, low, high = (format_drop(floor.metric, value) for value in (trial.drop, trial.low, trial.high))
+        verdict = "taken" if trial == floor.chosen else "" if meets(trial, floor.max_drop) else "too much"
+        table.add_row(f"{trial.fraction:.1%}", f"{trial.predicted_loss:.3g}", drop, f"{low} to {high}", verdict)
+    print_renderable(table)
+    allowed, drop, low, high = (
+        format_drop(floor.metric, value)
+        for value in (floor.max_drop, floor.chosen.drop, floor.chosen.low, floor.chosen.high)
+    )
+    unsure = ", so it may be above on other samples" if floor.chosen.high > floor.max_drop else ""
+    print_line(f"{floor.metric} drop {drop} on {floor.samples} (at most {allowed} allowed)")
+    print_line(f"95 % interval {low} to {high}{unsure}")
 
 
 def _print_changes(plan: Plan) -> None:

@@ -14,6 +14,7 @@ from onnx_kfe import _tables, console
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.graph import check_output
+from onnx_kfe.pipeline import DEFAULT_SAMPLES
 from onnx_kfe.planning import Macs, Plan
 from onnx_kfe.result import Result
 
@@ -155,18 +156,20 @@ def prune(
     stats: Annotated[Path | None, typer.Option(help="Statistics of this model, collected before.")] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="A plan made before, instead of a budget.")] = None,
     budget: options.Budgets,
+    floor: options.Floor,
     sampling: options.Sampling,
     labels: options.Labels = None,
     heads: options.Heads,
     selection: options.Selection,
     images: options.Images,
+    recovery: options.Recovery,
     machine: options.Machine,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and measure, but write nothing.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Make a model smaller: collect, plan, rewrite, measure. Keeps 75 % of the MACs by default.
+    """Make a model smaller: collect, plan, rewrite, refit, measure. Keeps 75 % of the MACs by default.
 
-    With --stats, the data only measure the result. Without either, only what the weights alone justify is pruned.
+    With --stats, the data refit and measure the result. Without either, only what the weights alone justify is pruned.
     """
     check_output(output, model, *(path for path in (stats, plan) if path is not None))
     budgets = budget.given
@@ -175,18 +178,56 @@ def prune(
     network = selection.open(model)
     result = kfe.prune(
         network,
-        Statistics.load(stats) if stats is not None else data,
+        data,
         budgets if plan is None else Plan.load(plan, network),
-        evaluation_data=data if stats is not None else None,
+        statistics=Statistics.load(stats) if stats is not None else None,
         images=images.given,
         labels=labels,
         heads=heads.given,
         round_to=budget.round_to,
         progress=console.ShownProgress(),
         **sampling.given,
+        **floor.given,
+        checkpoint=output.with_name(f"{output.name}.refit"),
+        **recovery.given,
         **machine.given,
     )
     _save_result(result, None if dry_run else output, json)
+
+
+@command
+def refit(
+    *,
+    model: options.Model,
+    plan: Annotated[Path, typer.Option("--plan", help="The plan, of the model.")],
+    stats: Annotated[Path, typer.Option(help="Statistics of the model.")],
+    data: options.Data = None,
+    output: options.Output,
+    max_samples: Annotated[int, typer.Option(min=2, help="Use at most this many samples.")] = DEFAULT_SAMPLES,
+    memory: options.Memory = options.DEFAULT_MEMORY,
+    labels: options.Labels = None,
+    selection: options.Selection,
+    images: options.Images,
+    machine: options.Machine,
+    json: options.Json = False,
+) -> None:
+    """Carry out a plan, every layer solved anew on the data, front to back. Interrupted, it goes on where it was."""
+    check_output(output, model, plan, stats)
+    network = selection.open(model)
+    result = kfe.prune(
+        network,
+        _required(data),
+        Plan.load(plan, network),
+        statistics=Statistics.load(stats),
+        images=images.given,
+        labels=labels,
+        max_samples=max_samples,
+        memory=options.parse_bytes(memory),
+        checkpoint=output.with_name(f"{output.name}.refit"),
+        progress=console.ShownProgress(),
+        **machine.given,
+    )
+    _save_result(result, output, json)
 
 
 @command

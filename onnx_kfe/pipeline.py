@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
+import onnx_ir as ir
+
 from onnx_kfe import calibration, planning
+from onnx_kfe._compress import compress
+from onnx_kfe._floor import Judge, check_floor
 from onnx_kfe._measure import benchmark, evaluate, head_specs, measure_latency, measure_quality, note_skipped
 from onnx_kfe.calibration import (
     Dataset,
@@ -19,11 +24,12 @@ from onnx_kfe.calibration import (
     synthetic_dataset,
 )
 from onnx_kfe.errors import BudgetError, KfeError
+from onnx_kfe.evaluation import Quality
 from onnx_kfe.graph import ModelSource, Network, open_network
-from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Macs, Plan
-from onnx_kfe.progress import Progress
+from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Macs, Plan, Planner
+from onnx_kfe.progress import Progress, StagesOnly
+from onnx_kfe.recovery import DEFAULT_MEMORY
 from onnx_kfe.result import Result
-from onnx_kfe.rewrite import apply_plan
 
 __all__ = ["DEFAULT_BUDGET", "DEFAULT_SAMPLES", "benchmark", "collect", "evaluate", "inspect", "plan", "prune"]
 
@@ -118,6 +124,7 @@ def prune(
     data: DataSource | Dataset | Statistics | None = None,
     plan: Plan | Budget | Sequence[Budget] | None = None,
     *,
+    statistics: Statistics | None = None,
     evaluation_data: DataSource | Dataset | None = None,
     images: ImageOptions | None = None,
     labels: str | os.PathLike[str] | None = None,
@@ -127,17 +134,23 @@ def prune(
     seed: int = 0,
     providers: Sequence[str] = (),
     threads: int | None = None,
+    refit: bool = True,
+    memory: int = DEFAULT_MEMORY,
+    checkpoint: str | os.PathLike[str] | None = None,
+    max_drop: float | None = None,
+    metric: str | None = None,
     measure: bool = True,
     progress: Progress | None = None,
 ) -> Result:
-    """Make a model smaller, end to end: collect, plan, rewrite, measure.
+    """Make a model smaller, end to end: collect, plan, rewrite, refit, measure.
 
     Args:
         model: The model.
         data: Calibration samples, of which a fifth is held back to measure quality on where there are no
-            `evaluation_data`; or statistics collected before; or None, when only what the weights alone justify is
-            pruned and quality is unproven.
+            `evaluation_data`; or statistics collected before, when nothing is refitted; or None, when only what the
+            weights alone justify is pruned and quality is unproven.
         plan: Budgets (three quarters of the MACs when None), or a plan made before.
+        statistics: Statistics collected before, when the data only refit and measure.
         evaluation_data: Samples to measure quality on.
         images: How images become inputs.
         labels: CSV of ``file,label``.
@@ -147,15 +160,23 @@ def prune(
         seed: Seed of noise and positions.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
+        refit: Whether to solve the layers anew, front to back, on the samples (see `recovery.refit`).
+        memory: Bytes of activations that the refit keeps in memory.
+        checkpoint: Folder from which an interrupted refit goes on, removed when it is done.
+        max_drop: Instead of a plan: find the smallest model that is no more than this worse than the original, on
+            samples that neither the statistics nor the refit saw.
+        metric: What `max_drop` is measured in: a key of `evaluation.METRICS`; None for the one that suits the model.
         measure: Whether to measure quality and latency of the result.
         progress: Shows what is going on.
 
     Raises:
-        BudgetError: The budgets cannot be met, or nothing can be pruned at all.
+        BudgetError: The budgets or the floor cannot be met, or nothing can be pruned at all.
         KfeError: Something about the model or the data stops the work.
         UsageError: The arguments do not fit together.
     """
+    check_floor(max_drop, metric, plan, data, evaluation_data)
     shown = progress or Progress()
+    quiet = StagesOnly(shown)
     network = inspect(model)
     if not network.prunable:
         raise BudgetError(f"{network.name}: no layer can be pruned; onnx-kfe inspect says why")
@@ -166,27 +187,49 @@ def prune(
         shown.note(dataset.describe())
         return dataset
 
+    def measured(smaller: ir.Model, dataset: Dataset, progress: Progress) -> Quality:
+        found = statistics.heads if statistics is not None else calibration.find_heads(network, heads)
+        return measure_quality(network, smaller, dataset, head_specs(found), providers, threads, progress)
+
+    def rewritten(plan: Plan, progress: Progress) -> tuple[ir.Model, dict[str, float]]:
+        samples = used if refit else None
+        kept = None if checkpoint is None or max_drop is not None else Path(checkpoint)
+        return compress(network, plan, statistics, samples, memory, providers, threads, progress, kept)
+
     test, measured_on = None if evaluation_data is None else opened(evaluation_data), "given samples"
-    if data is None or isinstance(data, Statistics):
+    judge, held = None, test
+    used: Dataset | None = None
+    if isinstance(data, Statistics):
         statistics = data
-    else:
+    elif data is not None:
         used = opened(data)
+        if test is None or max_drop is not None:
+            used, held = _divided(used, _MOST_HELD_BACK if max_drop is None else None)
         if test is None:
-            used, test, measured_on = *_divided(used), "held-back samples"
+            test, measured_on = held, "held-back samples"
+    if max_drop is not None and held is not None:
+        share, tried_on = 1.0 if used is None else _HELD_BACK, held
+        judge = Judge(lambda model: measured(model, tried_on, quiet), network.original, max_drop, metric, share)
+        if statistics is not None:
+            shown.note("the floor is sound only if the statistics were not collected on the samples it is measured on")
+    if statistics is None and used is not None:
         statistics = _collect(network, used, heads, seed, (0, 1), providers, threads, shown)
     if statistics is None:
         shown.note("no data: only what the weights alone justify is pruned, and quality will be unproven")
     else:
         network = _at_seen_shapes(network, statistics)
-    chosen = _plan(network, statistics, plan, round_to, shown)
-    with shown.stage("rewriting", len(chosen.changed)) as advance:
-        smaller, losses = apply_plan(network, chosen, statistics, progress=lambda layer: advance(1))
-    result = Result(network, smaller, chosen, losses, statistics, source=model)
+    floor = None
+    if judge is None or statistics is None:
+        chosen = _plan(network, statistics, plan, round_to, shown)
+        smaller, losses = rewritten(chosen, shown)
+    else:
+        planner = Planner(network, statistics, round_to=round_to)
+        chosen, (smaller, losses), floor = judge.smallest(network, planner, lambda p: rewritten(p, quiet), shown)
+    result = Result(network, smaller, chosen, losses, statistics, source=model, floor=floor)
     if measure:
-        found = statistics.heads if statistics is not None else calibration.find_heads(network, heads)
         result.proven = test is not None
         sample = test or _synthetic(network)
-        result.quality = measure_quality(network, smaller, sample, head_specs(found), providers, threads, shown)
+        result.quality = measured(smaller, sample, shown)
         result.measured_on = f"{result.quality.samples} {measured_on if test is not None else 'synthetic inputs'}"
         result.timings = measure_latency(network, smaller, sample, providers, threads, shown)
         result.skipped_samples = sample.skipped
@@ -222,10 +265,10 @@ def _collect(
         )
 
 
-def _divided(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """The samples for the statistics, and those held back from them."""
+def _divided(dataset: Dataset, most: int | None) -> tuple[Dataset, Dataset]:
+    """The samples for the statistics, and those held back from them, at most so many where the count is known."""
     count = dataset.count()
-    return dataset.split(_HELD_BACK if count is None else min(_HELD_BACK, _MOST_HELD_BACK / count))
+    return dataset.split(_HELD_BACK if count is None or most is None else min(_HELD_BACK, most / count))
 
 
 def _plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "StagesOnly"]
 
 
 class Progress:
@@ -26,3 +26,20 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Something the user should know now."""
+
+
+class StagesOnly(Progress):
+    """Shows the stages of work that is done several times, and leaves out its notes.
+
+    Args:
+        shown: What shows the stages.
+    """
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown = shown
+
+    @contextmanager
+    def stage(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Show the stage."""
+        with self._shown.stage(title, total) as advance:
+            yield advance

@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from onnx_kfe._floor import Floor, Trial
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.evaluation import Quality, Timing
 from onnx_kfe.graph import ModelSource, Network, check_output, count_macs, count_parameters, save
@@ -32,6 +33,7 @@ class Result:
         proven: Whether quality was measured on real samples.
         measured_on: What quality was measured on, in words.
         timings: Measured latency of original and result; empty when not measured.
+        floor: The quality floor and the curve of what was tried; None without one.
         skipped_samples: The corrupt samples, each named and with what is wrong with it.
     """
 
@@ -45,6 +47,7 @@ class Result:
     proven: bool = False
     measured_on: str = ""
     timings: list[Timing] = field(default_factory=list)
+    floor: Floor | None = None
     skipped_samples: list[str] = field(default_factory=list)
 
     @property
@@ -58,6 +61,19 @@ class Result:
         return sum(self.losses.values())
 
     @property
+    def loss_ratio(self) -> float | None:
+        """Measured over predicted loss; None where the one was not measured or the other is not known, or 0."""
+        measured = self.quality.divergence if self.quality is not None else None
+        if measured is None or self.statistics is None or not self.predicted_loss > 0:
+            return None
+        return measured / self.predicted_loss
+
+    @property
+    def curve(self) -> tuple[Trial, ...]:
+        """The models that were measured on the way to the floor, the smallest first."""
+        return self.floor.curve if self.floor else ()
+
+    @property
     def report(self) -> dict[str, Any]:
         """Everything measured and decided, as plain values; costs are counted on the written graph."""
         before = network_cost(self.network)
@@ -68,8 +84,10 @@ class Result:
             "parameters": {"before": before.parameters, "after": count_parameters(self.ir_model)},
             "calibration_samples": self.statistics.samples if self.statistics else 0,
             "predicted_loss": self.predicted_loss,
+            "measured_loss": self.quality.divergence if self.quality else None,
             "heads": {head.output: head.kind for head in self.statistics.heads} if self.statistics else {},
             "input_shapes": {name: list(shape) for name, shape in self.network.input_shapes.items()},
+            "floor": self.floor.as_dict() if self.floor else None,
             "quality_proven": self.proven,
             "quality_on": self.measured_on,
             "quality": self.quality.as_dict() if self.quality else None,

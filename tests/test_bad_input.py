@@ -327,6 +327,25 @@ def test_budgets(fails: Fails) -> None:
     fails(2, "give a budget", "plan", "net.onnx", *stats, "-o", "p.json")
 
 
+def test_floors(fails: Fails) -> None:
+    data, drop = ("--data", "data.npz"), ("--max-drop", "0.3")
+    for budget in (("--macs", "0.5"), ("--params", "0.5"), ("--stats", "stats.safetensors", "--plan", "plan.json")):
+        fails(2, "--max-drop finds the budget by itself: drop --macs", *prune(*data, *drop, *budget))
+    fails(2, "--max-drop needs samples .*give --data", *prune(*drop))
+    fails(2, "--max-drop needs samples .*give --data", *prune(*drop, "--stats", "stats.safetensors"))
+    fails(2, "give --max-drop too", *prune(*data, "--metric", "kl"))
+    for amount in ("0", "-0.1", "nan", "inf"):
+        fails(2, f"--max-drop {amount}: give a number above 0", *prune(*data, "--max-drop", amount))
+    fails(2, "is a share, give less than 1", *prune(*data, "--max-drop", "1"))
+    fails(2, "--metric f1: it can be agreement, kl", *prune(*data, *drop, "--metric", "f1"))
+    fails(2, "--metric accuracy: the data have no labels", *prune(*data, *drop, "--metric", "accuracy"))
+    fails(2, "--metric relative-error: the model has no gaussian", *prune(*data, *drop, "--metric", "relative-error"))
+    error = fails(2, "--max-drop 0.01 is finer than", *prune(*data, "--max-drop", "0.01"))
+    assert re.search(r"than [45] held-back samples can show, which is 2[05].00%: give about 500 samples", error)
+    error = fails(3, "--max-drop 1e-09 cannot be met on", *prune(*data, "--max-drop", "1e-9", "--metric", "kl"))
+    assert re.search(r"the best found is \d+\.\d% of the MACs, predicted loss .*, kl drop ", error)
+
+
 def test_options(fails: Fails) -> None:
     data = ("--data", "data.npz")
     fails(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,6 +74,19 @@ def test_inspect(cli: Cli, folder: Path) -> None:
     )
 
 
+def test_a_quality_floor_ends_in_its_curve(cli: Cli, folder: Path) -> None:
+    floor = ("--max-drop", "0.1", "--round-to", "2")
+    outcome = cli("prune", "net.onnx", "--data", "data.npz", *floor, "-o", "small.onnx")
+    shown = done(outcome)
+    assert "attempt 1: " in outcome.err
+    assert "predicted loss, nats" in shown
+    assert "predicted loss  agreement drop  95 % interval" in shown
+    assert sum("taken" in line for line in shown.splitlines()) == 1
+    assert re.search(r"agreement drop \d+\.\d\d% on 1\d held-back samples \(at most 10.00% allowed\)", shown)
+    assert re.search(r"95 % interval \d+\.\d\d% to [23]\d\.\d\d%, so it may be above on other samples", shown)
+    assert (folder / "small.onnx").exists()
+
+
 def test_shards_merge_plan_edit_prune(cli: Cli, folder: Path) -> None:
     for index in range(2):
         shard = ("--shard", f"{index}/2", "--max-samples", 130, "-o", f"s{index}")
@@ -102,7 +116,7 @@ def test_shards_merge_plan_edit_prune(cli: Cli, folder: Path) -> None:
         )
     )
     assert report["output"] == "s.onnx"
-    assert report["quality_on"] == "40 given samples"
+    assert report["quality_on"] == "9 held-back samples"
     assert {name: layer["form"] for name, layer in report["layers"].items()} == {"conv2": "tucker"}
     shapes = [list(tensor.dims) for tensor in onnx.load(folder / "s.onnx").graph.initializer]
     assert [4, 8, 3, 3] in shapes

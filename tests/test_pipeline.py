@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_statistics_and_plan_reproduce_a_single_prune() -> None:
     at_once = kfe.prune(classifier(), samples(64), kfe.Macs(0.6), measure=False)
     assert at_once.statistics is not None
     plan = kfe.plan(classifier(), at_once.statistics, kfe.Macs(0.6))
-    in_steps = kfe.prune(classifier(), at_once.statistics, plan, measure=False)
+    in_steps = kfe.prune(classifier(), samples(64), plan, statistics=at_once.statistics, measure=False)
     assert at_once.plan.choices == in_steps.plan.choices
     assert at_once.statistics.samples == pytest.approx(0.8 * 64, abs=1)
     x = {"x": samples(4)}
@@ -346,3 +347,74 @@ def test_progress_is_told_every_sample_and_layer() -> None:
     assert progress.stages["measuring quality"] == [64 - result.statistics.samples] * 2
     assert {"planning", "measuring latency"} < set(progress.stages)
     assert any("heads: logits categorical (assumed; change with --head)" in note for note in progress.notes)
+
+
+# The quality floor
+
+
+@pytest.mark.parametrize(("metric", "floor"), [("agreement", 0.08), ("kl", 0.02), ("accuracy", 0.08)])
+def test_the_smallest_model_above_a_floor(metric: str, floor: float) -> None:
+    x = samples(200)
+    labels = run(classifier(), {"x": x})["logits"].argmax(1)
+    progress = Recorded()
+    result = kfe.prune(classifier(), {"x": x, "labels": labels}, max_drop=floor, metric=metric, round_to=2,
+                       refit=False, progress=progress)  # fmt: skip
+    assert result.floor is not None
+    assert result.quality is not None
+    assert result.statistics is not None
+    chosen = result.floor.chosen
+    assert chosen.drop <= floor * (1 + 1e-6)
+    assert chosen.low <= chosen.drop <= chosen.high
+    assert chosen == min((t for t in result.curve if t.drop <= floor * (1 + 1e-6)), key=lambda t: t.fraction)
+    assert chosen.fraction == result.report["macs"]["after"] / result.report["macs"]["before"] < 1
+    measured = {
+        "agreement": 1 - result.quality.heads[0].agreement.value,  # type: ignore[union-attr]
+        "kl": result.quality.divergence,
+        "accuracy": 1 - result.quality.accuracy.top1.value,  # type: ignore[union-attr]
+    }
+    assert chosen.drop == pytest.approx(measured[metric])  # the floor was measured on the samples held back
+    assert result.quality.samples == 200 - result.statistics.samples
+    assert len(result.curve) <= 8
+    assert [trial.fraction for trial in result.curve] == sorted(trial.fraction for trial in result.curve)
+    assert sum(note.startswith("attempt ") for note in progress.notes) == len(result.curve)
+    report = result.report["floor"]
+    assert [trial["met"] for trial in report["curve"]] == [t.drop <= floor * (1 + 1e-6) for t in result.curve]
+    assert result.report["budget"] == f"--max-drop {floor} --metric {metric}"
+
+
+def test_a_floor_is_measured_on_held_back_samples_beside_evaluation_data() -> None:
+    result = kfe.prune(classifier(), samples(100), max_drop=0.1, evaluation_data=samples(30, seed=1), measure=False)
+    assert result.statistics is not None
+    assert result.floor is not None
+    assert result.statistics.samples == pytest.approx(80, abs=1)
+    assert result.floor.samples == f"{100 - result.statistics.samples} held-back samples"
+
+
+def test_a_floor_beside_statistics(statistics: kfe.Statistics) -> None:
+    progress = Recorded()
+    result = kfe.prune(
+        classifier(), statistics, max_drop=0.1, evaluation_data=samples(40, seed=1), measure=False, progress=progress
+    )
+    assert result.floor is not None
+    assert result.floor.samples == "40 given samples"
+    assert any("sound only if the statistics" in note for note in progress.notes)
+    with pytest.raises(kfe.UsageError, match="give --data beside the statistics"):
+        kfe.prune(classifier(), statistics, max_drop=0.1)
+
+
+def test_a_floor_on_one_sample_is_still_json() -> None:
+    given = samples(1, seed=1)
+    result = kfe.prune(classifier(), samples(20), max_drop=0.5, metric="kl", max_samples=5, evaluation_data=given,
+                       measure=False)  # fmt: skip
+    assert result.floor is not None
+    assert result.floor.samples == "1 held-back samples"
+    assert result.floor.chosen.high == np.inf
+    assert json.loads(json.dumps(result.report, allow_nan=False))["floor"]["chosen"]["high"] is None
+
+
+def test_measured_beside_predicted_loss(statistics: kfe.Statistics) -> None:
+    result = kfe.prune(classifier(), statistics, kfe.Macs(0.6), evaluation_data=samples(40, seed=1))
+    assert result.quality is not None
+    assert result.report["measured_loss"] == result.quality.heads[0].kl
+    assert result.loss_ratio == pytest.approx(result.quality.heads[0].kl / result.predicted_loss)  # type: ignore[operator]
+    assert kfe.prune(classifier()).loss_ratio is None

@@ -90,7 +90,12 @@ class Asset:
 
     def images(self, count: int) -> np.ndarray:
         """The first `count` calibration inputs, ``[count, ...]``."""
-        return np.stack([image for image, _ in itertools.islice(self.rows(), count)])
+        return self.labelled(count)[0]
+
+    def labelled(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` calibration inputs with their labels ``[count]``."""
+        images, labels = zip(*itertools.islice(self.rows(), count), strict=True)
+        return np.stack(images), np.array(labels)
 
 
 MODELS: dict[str, Asset] = {

@@ -6,7 +6,8 @@ from onnx_kfe.calibration._data import Dataset, DataSource, Item, open_dataset
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads, sample_noise
 from onnx_kfe.calibration._images import ImageOptions, image_preset
 from onnx_kfe.calibration._inputs import InputSpec, Sample, fixed_batch
-from onnx_kfe.calibration._instrument import find_heads
+from onnx_kfe.calibration._instrument import differentiable_copy, find_heads
+from onnx_kfe.calibration._patches import channel_major, emit_joint
 from onnx_kfe.calibration._statistics import LayerStatistics, PositionMeans, Statistics, merge
 from onnx_kfe.calibration._synthetic import synthetic_dataset
 
@@ -26,8 +27,11 @@ __all__ = [
     "Statistics",
     "batch_size",
     "batches",
+    "channel_major",
     "collect",
     "detect_heads",
+    "differentiable_copy",
+    "emit_joint",
     "find_heads",
     "fixed_batch",
     "image_preset",

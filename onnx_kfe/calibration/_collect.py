@@ -22,6 +22,7 @@ from onnx_kfe.calibration._instrument import (
     instrument,
     noise_input,
 )
+from onnx_kfe.calibration._patches import channel_major
 from onnx_kfe.calibration._statistics import LayerStatistics, PositionMeans, Statistics
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.graph import Network, concrete_shapes, nominal_input_shapes
@@ -184,10 +185,7 @@ class _Sums:
 
     def statistics(self) -> LayerStatistics:
         """The sums with patches in channel-major order."""
-        kernel, taps = self._geometry.kernel, self._geometry.taps
-        stacked = np.arange(taps).reshape(kernel[::-1]).T.reshape(-1)  # the graph stacks the last axis outermost
-        channels = self._patch // taps
-        order = (np.arange(channels)[:, None] + channels * stacked).reshape(-1)
+        order = channel_major(self._geometry)
         return LayerStatistics(
             self._inputs[:, order[:, None], order], self._total[:, order], self._cotangents,
             self._positions, self._samples, self._common,

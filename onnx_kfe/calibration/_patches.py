@@ -19,10 +19,11 @@ from onnx_kfe.autodiff import Emitter
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Layer
 
-__all__ = ["emit_cotangents", "emit_inputs", "grid_strides"]
+__all__ = ["channel_major", "emit_cotangents", "emit_inputs", "emit_joint", "grid_strides"]
 
 _INPUT_COST = 0.25  # MACs of the input covariance as a multiple of the layer's own
 _OUTPUT_COST = 0.1  # and of the output covariance
+_JOINT_COST = 1.0  # and of both and what is between them, for a refit
 _FEWEST = 4  # positions of a sample taken at least
 _UNKNOWN = 2**10  # positions along an axis of unknown extent, when deciding how many of them to take
 _INT64 = ir.DataType.INT64
@@ -48,6 +49,20 @@ def grid_strides(extent: Sequence[int | None], share: float) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def channel_major(geometry: Geometry) -> np.ndarray:
+    """Where the graph, which stacks the taps of the last axis outermost and channels innermost, has each patch element.
+
+    Args:
+        geometry: Of the layer.
+
+    Returns:
+        ``[i]``, for patches in channel-major order.
+    """
+    taps, channels = geometry.taps, geometry.patch_size // geometry.taps
+    stacked = np.arange(taps).reshape(geometry.kernel[::-1]).T.reshape(-1)
+    return (np.arange(channels)[:, None] + channels * stacked).reshape(-1)
+
+
 def emit_inputs(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir.Value) -> Moments:
     """Sum of ``x x^T``, sum of x and element count of the patches on the grid, tap-major with the last axis slowest.
 
@@ -69,7 +84,8 @@ def emit_inputs(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir
     if layer.op_type != "Conv":
         return _row_moments(emit, _rows(emit, x, geometry.in_channels, share, phase))
     patches = _patches(emit, layer, x, y, grid_strides(_extent(y), share), phase)
-    return _column_moments(emit, patches, geometry.groups, geometry.taps, geometry.in_channels)
+    columns = _columns(emit, patches, geometry.groups, geometry.taps, geometry.patch_size)
+    return _second_moments(emit, columns, geometry.groups)
 
 
 def emit_cotangents(emit: Emitter, layer: Layer, g: ir.Value, phase: ir.Value) -> Moments:
@@ -87,13 +103,35 @@ def emit_cotangents(emit: Emitter, layer: Layer, g: ir.Value, phase: ir.Value) -
     if layer.op_type != "Conv":
         moment, _, size = _row_moments(emit, _rows(emit, g, geometry.out_channels, share, phase))
         return moment, size, total
-    g = _float32(emit, g)
-    extent = _extent(g)
-    for axis, stride in enumerate(grid_strides(extent, share)):
-        g = _thin(emit, g, axis, stride, phase)
-    columns = emit.op("Transpose", g, perm=[1, 0, *range(2, 2 + len(extent))])
-    moment, _, size = _column_moments(emit, columns, geometry.groups, 1, geometry.out_channels)
+    columns = _output_grid(emit, g, grid_strides(_extent(g), share), phase)
+    columns = _columns(emit, columns, geometry.groups, 1, geometry.out_channels // geometry.groups)
+    moment, _, size = _second_moments(emit, columns, geometry.groups)
     return moment, size, total
+
+
+def emit_joint(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir.Value) -> Moments:
+    """Moments of patches and outputs together: of ``[x; y]`` on one grid, patches first, in the order of `emit_inputs`.
+
+    Args:
+        emit: Where the nodes go.
+        layer: The layer.
+        x: An input of it.
+        y: What its output is to be for that input.
+        phase: Two int64 that move the grid.
+
+    Returns:
+        ``[groups, i + o, i + o]`` or ``[i + o, i + o]``, ``[groups, i + o]`` or ``[i + o]``, and the count of elements.
+    """
+    geometry = _geometry(layer)
+    out, patch = geometry.out_channels // geometry.groups, geometry.patch_size
+    share = min(1.0, _JOINT_COST * out * patch / (out + patch) ** 2)
+    if layer.op_type != "Conv":
+        rows = [_rows(emit, x, geometry.in_channels, share, phase), _rows(emit, y, geometry.out_channels, share, phase)]
+        return _row_moments(emit, emit.op("Concat", *rows, axis=1))
+    strides = grid_strides(_extent(y), share)
+    patches = _columns(emit, _patches(emit, layer, x, y, strides, phase), geometry.groups, geometry.taps, patch)
+    outputs = _columns(emit, _output_grid(emit, y, strides, phase), geometry.groups, 1, out)
+    return _second_moments(emit, emit.op("Concat", patches, outputs, axis=-2), geometry.groups)
 
 
 def _geometry(layer: Layer) -> Geometry:
@@ -231,16 +269,27 @@ def _thin(emit: Emitter, x: ir.Value, axis: int, stride: int, phase: ir.Value) -
     return emit.op("Slice", x, start, emit.ints(2**31 - 1), emit.ints(2 + axis), emit.ints(stride))
 
 
-def _column_moments(emit: Emitter, patches: ir.Value, groups: int, taps: int, channels: int) -> Moments:
-    """Moments of ``[taps, C, N, *grid]``, one column a position."""
-    size = taps * channels // groups
+def _output_grid(emit: Emitter, y: ir.Value, strides: Sequence[int], phase: ir.Value) -> ir.Value:
+    """``[C, N, *grid]`` of an output or its cotangent."""
+    y = _float32(emit, y)
+    for axis, stride in enumerate(strides):
+        y = _thin(emit, y, axis, stride, phase)
+    return emit.op("Transpose", y, perm=[1, 0, *range(2, 2 + len(strides))])
+
+
+def _columns(emit: Emitter, x: ir.Value, groups: int, taps: int, size: int) -> ir.Value:
+    """``[taps, C, N, *grid]`` with one column a position: ``[size, columns]``, or ``[groups, size, columns]``."""
     if groups == 1:
-        columns = emit.op("Reshape", patches, emit.ints(size, -1), shape=(size, None))
+        return emit.op("Reshape", x, emit.ints(size, -1), shape=(size, None))
+    split = emit.op("Reshape", x, emit.ints(taps, groups, size // taps, -1))
+    columns = emit.op("Transpose", split, perm=[1, 0, 2, 3])
+    return emit.op("Reshape", columns, emit.ints(groups, size, -1), shape=(groups, size, None))
+
+
+def _second_moments(emit: Emitter, columns: ir.Value, groups: int) -> Moments:
+    if groups == 1:
         moment = emit.op("Gemm", columns, columns, transB=1)
     else:
-        split = emit.op("Reshape", patches, emit.ints(taps, groups, channels // groups, -1))
-        columns = emit.op("Transpose", split, perm=[1, 0, 2, 3])
-        columns = emit.op("Reshape", columns, emit.ints(groups, size, -1), shape=(groups, size, None))
         moment = emit.op("MatMul", columns, emit.op("Transpose", columns, perm=[0, 2, 1]))
     total = emit.op("ReduceSum", columns, emit.ints(-1), keepdims=0)
     return moment, total, emit.op("Size", columns, dtype=_INT64, shape=())

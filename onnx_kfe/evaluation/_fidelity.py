@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from onnx_kfe.errors import KfeError, UsageError
 
-_Z95 = 1.959963984540054  # standard normal quantile at 0.975
+Z95 = 1.959963984540054  # standard normal quantile at 0.975
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,35 @@ class Rate:
     @classmethod
     def wilson(cls, value: float, trials: int) -> Rate:
         """Wilson's score interval (Wilson, JASA 1927) of a proportion seen in `trials` independent trials."""
-        shrink = 1 + _Z95**2 / trials
-        centre = (value + _Z95**2 / (2 * trials)) / shrink
-        half = _Z95 / shrink * math.sqrt(value * (1 - value) / trials + (_Z95 / (2 * trials)) ** 2)
+        shrink = 1 + Z95**2 / trials
+        centre = (value + Z95**2 / (2 * trials)) / shrink
+        half = Z95 / shrink * math.sqrt(value * (1 - value) / trials + (Z95 / (2 * trials)) ** 2)
         return cls(value, max(0.0, centre - half), min(1.0, centre + half))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over samples that is not negative, with its 95 % interval.
+
+    Attributes:
+        value: The mean.
+        low: Lower end of the interval, by the central limit theorem, at least 0.
+        high: Upper end of it; infinite where a single sample tells nothing about the others.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, total: float, squares: float, samples: int) -> Mean:
+        """The mean of so many samples from their sum and the sum of their squares."""
+        mean = total / samples
+        if samples < 2:
+            return cls(mean, 0.0, math.inf)
+        variance = max(squares / samples - mean**2, 0.0) / (samples - 1)
+        half = Z95 * math.sqrt(variance)
+        return cls(mean, max(0.0, mean - half), mean + half)
 
 
 @dataclass(frozen=True)
@@ -85,6 +110,8 @@ class HeadQuality:
             of 0.5 (bernoulli). Its interval takes samples, not positions, as independent.
         kl: Mean KL(reference || model) of a sample in nats, summed over its positions.
         relative_error: sqrt(sum ||y - y_ref||^2 / sum ||y_ref - mean||^2), the mean over the data for each channel.
+        interval: 95 % interval of `kl` or of `relative_error`, whichever the head has; None where it has no meaning.
+        decisions: Number of decisions that were compared; 0 for a Gaussian head.
     """
 
     name: str
@@ -92,6 +119,8 @@ class HeadQuality:
     agreement: Rate | None = None
     kl: float | None = None
     relative_error: float | None = None
+    interval: tuple[float, float] | None = None
+    decisions: int = 0
 
 
 class Comparison(Protocol):
@@ -117,7 +146,7 @@ class _Decisions:
     def __init__(self, spec: HeadSpec) -> None:
         self.spec = spec
         self.samples = self.decisions = self.same = 0
-        self.kl = 0.0
+        self.kl = self.kl_squares = 0.0
 
     def update(self, reference: np.ndarray, output: np.ndarray) -> None:
         old, new = self.spec.rows(reference), self.spec.rows(output)
@@ -125,11 +154,15 @@ class _Decisions:
         self.samples += len(old)
         self.decisions += same.size
         self.same += int(same.sum())
-        self.kl += _divergence(self.log_probabilities(old), self.log_probabilities(new))
+        divergences = _divergences(self.log_probabilities(old), self.log_probabilities(new))
+        self.kl += float(divergences.sum())
+        self.kl_squares += float(np.square(divergences).sum())
 
     def result(self) -> HeadQuality:
         agreement = Rate.wilson(self.same / self.decisions, self.samples)
-        return HeadQuality(self.spec.name, self.spec.kind, agreement, self.kl / self.samples)
+        kl = Mean.of(self.kl, self.kl_squares, self.samples)
+        quality = HeadQuality(self.spec.name, self.spec.kind, agreement, kl.value, decisions=self.decisions)
+        return replace(quality, interval=(kl.low, kl.high))
 
     def decide(self, rows: np.ndarray) -> np.ndarray:
         raise NotImplementedError
@@ -159,20 +192,23 @@ class _Bernoulli(_Decisions):
             yes, no = _log(rows, precision.smallest_subnormal), _log(1 - _double(rows), precision.epsneg / 2)
         else:
             yes, no = -np.logaddexp(0, -_double(rows)), -np.logaddexp(0, _double(rows))
-        return np.stack([yes, no])
+        return np.stack([yes, no], axis=-1)
 
 
 class _Gaussian:
     def __init__(self, spec: HeadSpec) -> None:
         self.spec = spec
-        self.count = 0
-        self.error = self.scatter = 0.0
+        self.samples = self.count = 0
+        self.error = self.error_squares = self.scatter = 0.0
         self.mean: np.ndarray | float = 0.0
 
     def update(self, reference: np.ndarray, output: np.ndarray) -> None:
-        channels = self.spec.rows(reference).shape[-1]
-        old = _double(self.spec.rows(reference)).reshape(-1, channels)
-        self.error += float(np.square(_double(self.spec.rows(output)).reshape(-1, channels) - old).sum())
+        old, new = _double(self.spec.rows(reference)), _double(self.spec.rows(output))
+        errors = np.square(new - old).sum((1, 2))
+        self.samples += len(errors)
+        self.error += float(errors.sum())
+        self.error_squares += float(np.square(errors).sum())
+        old = old.reshape(-1, old.shape[-1])
         if not len(old):
             return
         # Means and scatter of two parts merged (Chan, Golub & LeVeque 1979): exact, and no cancellation.
@@ -185,8 +221,11 @@ class _Gaussian:
 
     def result(self) -> HeadQuality:
         constant = math.inf if self.error else 0.0  # any error of a constant output is beyond measure
-        relative = math.sqrt(self.error / self.scatter) if self.scatter else constant
-        return HeadQuality(self.spec.name, self.spec.kind, relative_error=relative)
+        if not self.scatter:
+            return HeadQuality(self.spec.name, self.spec.kind, relative_error=constant)
+        error = Mean.of(self.error, self.error_squares, self.samples)  # its scatter outweighs that of the reference
+        relative, low, high = (math.sqrt(e * self.samples / self.scatter) for e in (error.value, error.low, error.high))
+        return HeadQuality(self.spec.name, self.spec.kind, relative_error=relative, interval=(low, high))
 
 
 _COMPARISONS: dict[str, type[Comparison]] = {
@@ -215,8 +254,9 @@ def _log(probabilities: np.ndarray, floor: np.floating) -> np.ndarray:
     return np.log(np.maximum(_double(probabilities), float(floor)))
 
 
-def _divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
-    """Sum of p log(p / q), where what has no probability in the reference counts for nothing."""
+def _divergences(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """Sum of p log(p / q) for each sample, where what has no probability in the reference counts for nothing."""
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
-        return float(np.where(p > 0, p * (log_p - log_q), 0.0).sum())
+        terms = np.where(p > 0, p * (log_p - log_q), 0.0)
+    return terms.sum(tuple(range(1, terms.ndim)))

@@ -52,12 +52,22 @@ class Quality:
         accuracy: Accuracy of the model; None without labels or without a categorical head.
         reference_accuracy: Accuracy of the reference; None also without a reference.
         heads: Fidelity of each head to the reference; empty without a reference.
+        lost: Share of the labels that the reference has right and the model wrong; None without both accuracies.
+        gained: Share that the model has right and the reference wrong; None without both accuracies.
     """
 
     samples: int
     accuracy: Accuracy | None
     reference_accuracy: Accuracy | None
     heads: tuple[HeadQuality, ...]
+    lost: float | None = None
+    gained: float | None = None
+
+    @property
+    def divergence(self) -> float | None:
+        """Measured loss: KL of all heads together in nats a sample; None where a head has no KL."""
+        found = [head.kl for head in self.heads if head.kl is not None]
+        return sum(found) if found and len(found) == len(self.heads) else None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; infinity, which JSON lacks, becomes None."""
@@ -114,7 +124,7 @@ class _Meter:
     """Running sums of everything measured, over batches."""
 
     def __init__(self, specs: Sequence[HeadSpec], *, labelled: bool, compared: bool) -> None:
-        self.samples = 0
+        self.samples = self.lost = self.gained = 0
         self.specs = specs
         self.labelled = labelled
         self.comparisons = [compare(spec) for spec in specs] if compared else []
@@ -136,8 +146,10 @@ class _Meter:
                 shapes = f"{list(new.shape)} in {_MODEL} but {list(old.shape)} in {_REFERENCE}"
                 raise KfeError(f"output '{spec.name}' is {shapes}: they must be one shape to be compared")
             comparison.update(old, new)
-        for who, hits in self.hits.items():
-            hits.update(outputs[who][hits.spec.name], np.asarray(labels))
+        right = {who: h.update(outputs[who][h.spec.name], np.asarray(labels)) for who, h in self.hits.items()}
+        if len(right) > 1:
+            self.lost += int((right[_REFERENCE] & ~right[_MODEL]).sum())
+            self.gained += int((right[_MODEL] & ~right[_REFERENCE]).sum())
         self.samples += len(self.specs[0].rows(outputs[_MODEL][self.specs[0].name]))
 
     def result(self) -> Quality:
@@ -145,7 +157,9 @@ class _Meter:
             raise KfeError("the data has no samples to evaluate on")
         accuracies = {who: hits.result() for who, hits in self.hits.items()}
         heads = tuple(comparison.result() for comparison in self.comparisons)
-        return Quality(self.samples, accuracies.get(_MODEL), accuracies.get(_REFERENCE), heads)
+        labels = self.hits[_MODEL].labels if len(self.hits) > 1 else 0
+        flips = (self.lost / labels, self.gained / labels) if labels else (None, None)
+        return Quality(self.samples, accuracies.get(_MODEL), accuracies.get(_REFERENCE), heads, *flips)
 
 
 class _Hits:
@@ -155,7 +169,8 @@ class _Hits:
         self.spec = spec
         self.samples = self.labels = self.top1 = self.top5 = self.classes = 0
 
-    def update(self, output: np.ndarray, labels: np.ndarray) -> None:
+    def update(self, output: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Count, and say which labels were put first."""
         scores = self.spec.rows(output)
         samples, positions, self.classes = scores.shape
         if not np.issubdtype(labels.dtype, np.integer) or labels.size != samples * positions:
@@ -174,6 +189,7 @@ class _Hits:
         self.labels += rank.size
         self.top1 += int((rank == 0).sum())
         self.top5 += int((rank < 5).sum())
+        return np.asarray(rank == 0)
 
     def result(self) -> Accuracy:
         top1, top5 = (Rate.wilson(hits / self.labels, self.samples) for hits in (self.top1, self.top5))

@@ -1,6 +1,6 @@
 """Pure mathematics on float64 arrays: whitening, low-rank and Tucker forms under Kronecker-factored curvature."""
 
-from onnx_kfe.kfe._covariance import Array, centre, channel_covariance, predicted_loss, symmetrize
+from onnx_kfe.kfe._covariance import Array, above_rounding, centre, channel_covariance, predicted_loss, symmetrize
 from onnx_kfe.kfe._low_rank import TwoFactor, two_factor
 from onnx_kfe.kfe._tucker import InputSubspace, input_directions, refine_subspace, solve_core, tucker_losses
 from onnx_kfe.kfe._whitening import Whitening, damp, whiten
@@ -10,6 +10,7 @@ __all__ = [
     "InputSubspace",
     "TwoFactor",
     "Whitening",
+    "above_rounding",
     "centre",
     "channel_covariance",
     "damp",

@@ -10,9 +10,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "centre", "channel_covariance", "predicted_loss", "symmetrize"]
+__all__ = ["Array", "above_rounding", "centre", "channel_covariance", "predicted_loss", "symmetrize"]
 
 Array = npt.NDArray[np.float64]
+
+_ROUNDING = 3e-7  # of float32 sums, as a share of their trace
 
 
 def symmetrize(matrix: Array) -> Array:
@@ -29,6 +31,17 @@ def centre(second_moment: Array, mean: Array, positions: float) -> Array:
         positions: T, positions of a sample.
     """
     return symmetrize(second_moment - positions * mean[..., :, None] * mean[..., None, :])
+
+
+def above_rounding(covariance: Array, second_moment: Array) -> Array:
+    """A covariance made definite where the data hardly vary, so that what is left of float32 sums is rounding.
+
+    Args:
+        covariance: ``[..., n, n]``, centred.
+        second_moment: What it was centred from.
+    """
+    floor = _ROUNDING * np.trace(second_moment, axis1=-2, axis2=-1)
+    return covariance + np.asarray(floor)[..., None, None] * np.eye(covariance.shape[-1])
 
 
 def channel_covariance(patch_covariance: Array, taps: int) -> Array:

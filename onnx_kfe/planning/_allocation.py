@@ -19,7 +19,7 @@ from onnx_kfe.planning._budget import Budget, describe
 from onnx_kfe.planning._forms import FORMS, Cost, dense_cost
 from onnx_kfe.planning._problem import LayerProblem
 
-__all__ = ["DENSE", "Candidate", "allocate", "candidates"]
+__all__ = ["DENSE", "Candidate", "allocate", "candidates", "frontier"]
 
 DENSE = "dense"
 _RELATIVE_GAP = 1e-4
@@ -100,6 +100,39 @@ def allocate(
             f"{describe(budgets)} cannot be met together: under {describe(held)} the smallest is {possible}"
         )
     return {name: candidate for (name, candidate), taken in zip(knapsack.flat, chosen, strict=True) if taken}
+
+
+def frontier(options: Mapping[str, Sequence[Candidate]], original: Cost) -> tuple[Array, Array]:
+    """The least loss that any number of MACs can be had for, were fractions of candidates allowed.
+
+    That is the linear relaxation, solved by going down the convex hulls of all layers in the order of their slopes
+    (Sinha and Zoltners, Operations Research 1979). No plan loses less, and the best ones little more.
+
+    Args:
+        options: Candidates by layer, the layer as it is among them.
+        original: Cost of the whole model.
+
+    Returns:
+        MACs of the whole model, rising, and the least loss at each in nats a sample, falling to 0; linear in between.
+    """
+    steps = sorted(step for choices in options.values() for step in _hull_steps(choices))
+    saved, lost = np.array([(0, 0.0), *((macs, loss) for _, macs, loss in steps)]).cumsum(0).T
+    return (original.macs - saved)[::-1], lost[::-1]
+
+
+def _hull_steps(choices: Sequence[Candidate]) -> list[tuple[float, int, float]]:
+    """Slope, MACs saved and loss added of each step down the lower convex hull of a layer, the gentlest first."""
+    place = next(choice for choice in choices if choice.form == DENSE)
+    steps = []
+    while cheaper := [choice for choice in choices if choice.cost.macs < place.cost.macs]:
+
+        def slope(choice: Candidate, start: Candidate = place) -> tuple[float, int]:
+            return (choice.loss - start.loss) / (start.cost.macs - choice.cost.macs), choice.cost.macs
+
+        following = min(cheaper, key=slope)
+        steps.append((slope(following)[0], place.cost.macs - following.cost.macs, following.loss - place.loss))
+        place = following
+    return steps
 
 
 class _Knapsack:

@@ -13,12 +13,13 @@ from typing import Any
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.graph import Layer, Network, count_parameters, replace_whole
-from onnx_kfe.planning._allocation import DENSE, Candidate, allocate, candidates
+from onnx_kfe.kfe import Array
+from onnx_kfe.planning._allocation import DENSE, Candidate, allocate, candidates, frontier
 from onnx_kfe.planning._budget import Budget, describe
 from onnx_kfe.planning._forms import FORMS, Cost, dense_cost
 from onnx_kfe.planning._problem import LayerProblem
 
-__all__ = ["DEFAULT_ROUND_TO", "Plan", "make_plan", "network_cost", "plan_from_weights"]
+__all__ = ["DEFAULT_ROUND_TO", "Plan", "Planner", "make_plan", "network_cost", "plan_from_weights"]
 
 _FORMAT = "onnx-kfe plan 1"
 DEFAULT_ROUND_TO = 16
@@ -133,6 +134,44 @@ def network_cost(network: Network) -> Cost:
     return Cost(sum(layer.macs for layer in network.layers), count_parameters(network.model))
 
 
+class Planner:
+    """Plans of one model under several budgets; the candidates of its layers are made once.
+
+    Args:
+        network: The model.
+        statistics: Collected on this very model.
+        round_to: Ranks are multiples of this (smaller ones for small layers).
+
+    Raises:
+        KfeError: The statistics are of another model.
+    """
+
+    def __init__(self, network: Network, statistics: Statistics, *, round_to: int = DEFAULT_ROUND_TO) -> None:
+        statistics.check_model(network.fingerprint, network.name)
+        self._network = network
+        self._skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
+        self._options: dict[str, Sequence[Candidate]] = {}
+        for layer in network.prunable:
+            if layer.name in statistics.layers:
+                self._options[layer.name] = candidates(LayerProblem(layer, statistics.layers[layer.name]), round_to)
+            else:
+                self._skipped[layer.name] = statistics.skipped.get(layer.name, "no statistics were collected")
+
+    def plan(self, *budgets: Budget) -> Plan:
+        """Choose form and ranks of each layer: least predicted loss under the budgets.
+
+        Raises:
+            BudgetError: The budgets cannot be met.
+        """
+        return _allocated(self._network, self._options, budgets, self._skipped)
+
+    def frontier(self) -> tuple[Array, Array]:
+        """Fractions of the MACs, rising, and about the least predicted loss at each; see `frontier`."""
+        original = network_cost(self._network)
+        macs, losses = frontier(self._options, original)
+        return macs / max(original.macs, 1), losses
+
+
 def make_plan(
     network: Network, statistics: Statistics, budgets: Sequence[Budget], *, round_to: int = DEFAULT_ROUND_TO
 ) -> Plan:
@@ -148,15 +187,7 @@ def make_plan(
         KfeError: The statistics are of another model.
         BudgetError: The budgets cannot be met.
     """
-    statistics.check_model(network.fingerprint, network.name)
-    skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
-    options: dict[str, Sequence[Candidate]] = {}
-    for layer in network.prunable:
-        if layer.name in statistics.layers:
-            options[layer.name] = candidates(LayerProblem(layer, statistics.layers[layer.name]), round_to)
-        else:
-            skipped[layer.name] = statistics.skipped.get(layer.name, "no statistics were collected")
-    return _allocated(network, options, budgets, skipped)
+    return Planner(network, statistics, round_to=round_to).plan(*budgets)
 
 
 def plan_from_weights(network: Network, budgets: Sequence[Budget], *, round_to: int = DEFAULT_ROUND_TO) -> Plan:

@@ -13,6 +13,7 @@ from onnx_kfe.kfe import (
     Array,
     TwoFactor,
     Whitening,
+    above_rounding,
     input_directions,
     predicted_loss,
     tucker_losses,
@@ -23,7 +24,6 @@ from onnx_kfe.kfe import (
 __all__ = ["GroupProblem", "LayerProblem"]
 
 _OUTPUT_DAMPING = 0.05  # of the mean eigenvalue of G: sampled gradients say little about directions they hardly visit
-_ROUNDING = 3e-7  # of float32 sums, as a share of A's trace
 _INPUT_DAMPING = 1e-4  # of A's mean eigenvalue, so that unseen input directions keep the weight they have
 
 
@@ -70,20 +70,29 @@ class LayerProblem:
         layer: A prunable layer.
         statistics: Its sums; None for curvature that knows nothing (identity factors), which leaves the weights alone
             to say what is redundant.
+        weight: ``[groups, o, c, *kernel]`` to approximate in place of the layer's own.
+        bias: ``[out]`` that goes with it.
     """
 
-    def __init__(self, layer: Layer, statistics: LayerStatistics | None) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        statistics: LayerStatistics | None,
+        weight: Array | None = None,
+        bias: Array | None = None,
+    ) -> None:
         assert layer.geometry is not None
         self.layer = layer
         self.geometry: Geometry = layer.geometry
-        self.weight = layer.weight()
+        self.weight = layer.weight() if weight is None else weight
+        self._bias = layer.bias() if bias is None else bias
         patch, out = self.geometry.patch_size, self.geometry.out_channels // self.geometry.groups
         if statistics is None:
             self.mean: Array = np.zeros((self.geometry.groups, patch))
             factors = [(np.eye(patch), np.eye(out))] * self.geometry.groups
         else:
             self.mean = statistics.mean
-            coherent = statistics.coherence * _above_rounding(statistics)
+            coherent = statistics.coherence * above_rounding(statistics.centred_input_factor, statistics.input_factor)
             factors = list(zip(coherent, statistics.output_factor, strict=True))
         self.groups = [GroupProblem(w, a, g) for w, (a, g) in zip(self.weight, factors, strict=True)]
 
@@ -93,13 +102,6 @@ class LayerProblem:
 
     def bias(self, approximation: Array) -> Array:
         """The bias ``[out]`` that keeps the mean output: ``b + (W - W_hat) mu``."""
-        bias = self.layer.bias()
         change = (self.weight - approximation).reshape(*self.weight.shape[:2], -1)
         moved = np.einsum("goi,gi->go", change, self.mean).reshape(-1)
-        return moved if bias is None else bias + moved
-
-
-def _above_rounding(statistics: LayerStatistics) -> Array:
-    """The centred A, positive definite even where the data hardly vary and rounding is all that is left."""
-    rounding = _ROUNDING * np.einsum("gii->g", statistics.input_factor)
-    return statistics.centred_input_factor + rounding[:, None, None] * np.eye(statistics.input_factor.shape[1])
+        return moved if self._bias is None else self._bias + moved

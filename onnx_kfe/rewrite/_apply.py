@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -16,7 +16,7 @@ from onnx_kfe.graph import Network, serialize
 from onnx_kfe.planning import FORMS, LayerProblem, Plan, compose
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 
-__all__ = ["apply_plan"]
+__all__ = ["apply_plan", "solve_plan", "write_chains"]
 
 
 def apply_plan(
@@ -26,7 +26,19 @@ def apply_plan(
     *,
     progress: Callable[[str], None] = lambda layer: None,
 ) -> tuple[ir.Model, dict[str, float]]:
-    """Write the planned forms into a copy of the model.
+    """Write the planned forms into a copy of the model: `solve_plan`, then `write_chains`."""
+    chains, losses = solve_plan(network, plan, statistics, progress=progress)
+    return write_chains(network, plan, statistics, chains), losses
+
+
+def solve_plan(
+    network: Network,
+    plan: Plan,
+    statistics: Statistics | None,
+    *,
+    progress: Callable[[str], None] = lambda layer: None,
+) -> tuple[dict[str, Chain], dict[str, float]]:
+    """Find the weights of the planned forms, each layer by itself.
 
     Args:
         network: The model.
@@ -35,7 +47,7 @@ def apply_plan(
         progress: Called with each layer's name when it is done.
 
     Returns:
-        The smaller model, and by layer the loss that its new weights are predicted to cost, in nats per sample.
+        What each changed layer becomes, and the loss that its new weights are predicted to cost, in nats per sample.
 
     Raises:
         KfeError: The statistics are of another model, or lack a layer of the plan.
@@ -55,12 +67,27 @@ def apply_plan(
         chains[name] = Chain(layers[name], choice.form, stages, problem.bias(approximation))
         losses[name] = problem.loss(approximation)
         progress(name)
+    return chains, losses
+
+
+def write_chains(network: Network, plan: Plan, statistics: Statistics | None, chains: Mapping[str, Chain]) -> ir.Model:
+    """A copy of the model with chains in place of layers.
+
+    Args:
+        network: The model.
+        plan: What the chains were solved for.
+        statistics: What they were solved under.
+        chains: What becomes of which layer, by layer name.
+
+    Raises:
+        KfeError: The graph that came out is invalid.
+    """
     model = network.model.clone()
     model = FactorizePass(chains)(model).model
     model.metadata_props["onnx_kfe"] = _provenance(network, plan, statistics)
     model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
     _check(model, network.name)
-    return model, losses
+    return model
 
 
 def _provenance(network: Network, plan: Plan, statistics: Statistics | None) -> str:

@@ -1,0 +1,213 @@
+"""Refit on the networks of the zoo: what needs no compensation stays, what does is compensated, each node runs once."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import onnx_kfe as kfe
+from onnx_kfe.calibration import Dataset, input_specs, open_dataset
+from onnx_kfe.errors import KfeError
+from onnx_kfe.graph import Network, open_network, serialize
+from onnx_kfe.planning import DENSE, Candidate, Plan, dense_cost, network_cost
+from onnx_kfe.recovery import _lockstep, refit, refusal
+from onnx_kfe.rewrite import apply_plan, write_chains
+from onnx_kfe.runtime import create_session
+from tests.cases import INPUT, load_case
+from tests.tiny import node, tiny, weights
+
+SAMPLES = 192
+TOPOLOGIES = [
+    "plain-13", "residual-dynamo", "strided_shortcut-17", "inverted_residual-17", "grouped-11", "dense-13", "conv1d-13",
+    "inception-17", "unet-13", "pyramid-11", "mlp-11", "attention-13", "two_heads-13", "activations-13", "shared-11",
+    "denoiser-17",
+]  # fmt: skip
+
+
+def samples_of(case, count: int = SAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
+    return case.inputs(count, seed)
+
+
+def dataset(network: Network, feeds: dict[str, np.ndarray]) -> Dataset:
+    return open_dataset(feeds, input_specs(network.model))
+
+
+def dense_plan(network: Network) -> Plan:
+    choices = {
+        layer.name: Candidate(DENSE, (), dense_cost(layer.geometry), 0.0)
+        for layer in network.prunable
+        if layer.geometry is not None
+    }
+    return Plan(network.fingerprint, choices, network_cost(network))
+
+
+def outputs(model: bytes, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return create_session(model).run(None, feeds)
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_where_nothing_changes_nothing_is_changed(name: str):
+    case = load_case(name)
+    network = open_network(case.model)
+    feeds = samples_of(case)
+    plan = dense_plan(network)
+    statistics = kfe.collect(network, feeds)
+    chains = refit(network, plan, statistics, dataset(network, feeds))
+    found = outputs(serialize(write_chains(network, plan, statistics, chains)), feeds)
+    for wanted, array in zip(outputs(serialize(network.original), feeds), found, strict=True):
+        np.testing.assert_allclose(array, wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
+
+
+@pytest.fixture(scope="module")
+def residual() -> tuple[Network, dict[str, np.ndarray], kfe.Statistics, Plan]:
+    case = load_case("residual-dynamo")
+    network = open_network(case.model)
+    feeds = samples_of(case)
+    statistics = kfe.collect(network, feeds)
+    return network, feeds, statistics, kfe.plan(network, statistics, kfe.Macs(0.5), round_to=1)
+
+
+def test_it_brings_unseen_outputs_nearer_to_the_original(residual):
+    network, feeds, statistics, plan = residual
+    unseen = samples_of(load_case("residual-dynamo"), seed=1)
+    (wanted,) = outputs(serialize(network.original), unseen)
+
+    def error(model: bytes) -> float:
+        return float(np.square(outputs(model, unseen)[0] - wanted).mean())
+
+    before, _ = apply_plan(network, plan, statistics)
+    chains = refit(network, plan, statistics, dataset(network, feeds))
+    assert error(serialize(write_chains(network, plan, statistics, chains))) < 0.7 * error(serialize(before))
+
+
+def test_every_node_runs_once(residual):
+    """Of the original each, of the smaller model each but the chain of the last layer, which feeds no other."""
+    network, feeds, statistics, plan = residual
+    runs: Counter[str] = Counter()
+    create = _lockstep.create_session
+
+    def counted(model: bytes, **options):
+        import onnx
+
+        for made in onnx.ModelProto.FromString(model).graph.node:
+            if made.op_type == "Conv":
+                runs[made.output[0]] += 1
+        return create(model, **options)
+
+    with mock.patch.object(_lockstep, "create_session", counted):
+        refit(network, plan, statistics, dataset(network, feeds))
+    assert set(runs.values()) == {1}
+    originals = [made.outputs[0].name for made in network.model.graph if made.op_type == "Conv"]
+    assert set(originals) <= set(runs)
+
+
+def same(first, second) -> bool:
+    return all(
+        np.array_equal(a.bias, second[name].bias)
+        and all(np.array_equal(s.weight, t.weight) for s, t in zip(a.stages, second[name].stages, strict=True))
+        for name, a in first.items()
+    )
+
+
+def test_the_memory_does_not_change_the_result(residual):
+    network, feeds, statistics, plan = residual
+    data = dataset(network, feeds)
+    assert same(refit(network, plan, statistics, data), refit(network, plan, statistics, data, memory=0))
+
+
+def test_the_memory_is_kept_to():
+    """Activations of 40 MB and more, of which 4 are allowed: what numpy holds stays near that."""
+    layers = [node("Conv", [f"h{n}" if n else "x", f"w{n}"], [f"h{n + 1}"], f"conv{n}", pads=[1] * 4) for n in range(3)]
+    arrays = {f"w{n}": weights(16, 16, 3, 3, seed=n) for n in range(3)}
+    model = tiny(layers, {"x": ["n", 16, 24, 24]}, {"h3": ["n", 16, 24, 24]}, arrays)
+    network = open_network(model)
+    x = np.random.default_rng(0).standard_normal((8, 16, 24, 24)).astype(np.float32)
+
+    def stream():
+        for n in range(512):
+            yield {"x": x[n % 8][None]}
+
+    statistics = kfe.collect(network, {"x": x})
+    plan = kfe.plan(network, statistics, kfe.Macs(0.5))
+    data = open_dataset(stream, input_specs(network.model))
+    peaks = {}
+    for memory in (4 * 2**20, 2**30):
+        tracemalloc.start()
+        refit(network, plan, statistics, data, memory=memory)
+        peaks[memory] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    one_batch = 64 * x[0].nbytes
+    assert peaks[4 * 2**20] < 4 * 2**20 + 6 * one_batch
+    assert peaks[2**30] > 1.5 * peaks[4 * 2**20]
+
+
+def test_interrupted_it_goes_on_where_it_was(residual, tmp_path: Path):
+    network, feeds, statistics, plan = residual
+    data = dataset(network, feeds)
+    folder = tmp_path / "small.onnx.refit"
+    done: list[str] = []
+
+    def interrupt(layer: str) -> None:
+        done.append(layer)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refit(network, plan, statistics, data, checkpoint=folder, progress=interrupt)
+    assert len(list(folder.iterdir())) == 3
+    asked: list[str] = []
+    moments = _lockstep.Lockstep.moments
+    with mock.patch.object(
+        _lockstep.Lockstep, "moments", lambda self, layer: asked.append(layer.name) or moments(self, layer)
+    ):
+        resumed = refit(network, plan, statistics, data, checkpoint=folder)
+    assert not set(asked) & set(done)
+    assert not folder.exists()
+    whole = refit(network, plan, statistics, data)
+    first, second = (
+        outputs(serialize(write_chains(network, plan, statistics, chains)), feeds)[0] for chains in (resumed, whole)
+    )
+    assert np.square(first - second).mean() < 1e-4 * first.var()
+
+
+def test_the_layers_of_another_plan_are_not_taken(residual, tmp_path: Path):
+    network, feeds, statistics, plan = residual
+    data = dataset(network, feeds)
+    folder = tmp_path / "kept"
+
+    def stop(layer: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refit(network, dense_plan(network), statistics, data, checkpoint=folder, progress=stop)
+    resumed = refit(network, plan, statistics, data, checkpoint=folder)
+    assert same(refit(network, plan, statistics, data), resumed)
+
+
+def test_too_few_samples_are_said(residual):
+    network, feeds, statistics, plan = residual
+    with pytest.raises(KfeError, match="at least 2 samples"):
+        refit(network, plan, statistics, dataset(network, {INPUT: feeds[INPUT][:1]}))
+    assert refit(network, plan, statistics, dataset(network, {INPUT: feeds[INPUT][:3]}))
+
+
+def test_graphs_with_bodies_are_refused():
+    import onnx
+
+    body = onnx.helper.make_graph([node("Relu", ["h"], ["r"])], "b", [], [onnx.ValueInfoProto(name="r")])
+    nodes = [
+        node("Conv", ["x", "w"], ["h"], "conv"),
+        node("ReduceSum", ["x"], ["s"], keepdims=0),
+        node("Cast", ["s"], ["c"], to=onnx.TensorProto.BOOL),
+        node("If", ["c"], ["y"], then_branch=body, else_branch=body),
+    ]
+    model = tiny(nodes, {"x": ["n", 4, 6, 6]}, {"y": ["n", 8, 6, 6]}, {"w": weights(8, 4, 1, 1)})
+    network = open_network(model)
+    reason = refusal(network, dataset(network, {"x": np.ones((4, 4, 6, 6), np.float32)}))
+    assert reason is not None
+    assert "If" in reason
