@@ -12,6 +12,7 @@
 
 __version__ = "0.1.0"
 
+from onnx_kfe import _blas  # noqa: F401 - before NumPy is loaded
 from onnx_kfe.calibration import ImageOptions, Statistics, merge
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.exporting import export

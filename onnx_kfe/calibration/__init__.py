@@ -7,7 +7,7 @@ from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads, sample_n
 from onnx_kfe.calibration._images import ImageOptions, image_preset
 from onnx_kfe.calibration._inputs import InputSpec, Sample, fixed_batch
 from onnx_kfe.calibration._instrument import differentiable_copy, find_heads
-from onnx_kfe.calibration._patches import channel_major, emit_joint
+from onnx_kfe.calibration._patches import channel_major, emit_samples
 from onnx_kfe.calibration._statistics import LayerStatistics, PositionMeans, Statistics, merge
 from onnx_kfe.calibration._synthetic import synthetic_dataset
 
@@ -31,7 +31,7 @@ __all__ = [
     "collect",
     "detect_heads",
     "differentiable_copy",
-    "emit_joint",
+    "emit_samples",
     "find_heads",
     "fixed_batch",
     "image_preset",

@@ -19,11 +19,10 @@ from onnx_kfe.autodiff import Emitter
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Layer
 
-__all__ = ["channel_major", "emit_cotangents", "emit_inputs", "emit_joint", "grid_strides"]
+__all__ = ["channel_major", "emit_cotangents", "emit_inputs", "emit_samples", "grid_strides"]
 
 _INPUT_COST = 0.25  # MACs of the input covariance as a multiple of the layer's own
 _OUTPUT_COST = 0.1  # and of the output covariance
-_JOINT_COST = 1.0  # and of both and what is between them, for a refit
 _FEWEST = 4  # positions of a sample taken at least
 _UNKNOWN = 2**10  # positions along an axis of unknown extent, when deciding how many of them to take
 _INT64 = ir.DataType.INT64
@@ -109,29 +108,33 @@ def emit_cotangents(emit: Emitter, layer: Layer, g: ir.Value, phase: ir.Value) -
     return moment, size, total
 
 
-def emit_joint(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir.Value) -> Moments:
-    """Moments of patches and outputs together: of ``[x; y]`` on one grid, patches first, in the order of `emit_inputs`.
+def emit_samples(
+    emit: Emitter, layer: Layer, x: ir.Value, outputs: Sequence[ir.Value], phase: ir.Value, share: float
+) -> list[ir.Value]:
+    """Patches, in the order of `emit_inputs`, and values of the shape of the layer's output, on one grid.
 
     Args:
         emit: Where the nodes go.
         layer: The layer.
         x: An input of it.
-        y: What its output is to be for that input.
+        outputs: Values of the shape of its output.
         phase: Two int64 that move the grid.
+        share: Share of the positions wanted.
 
     Returns:
-        ``[groups, i + o, i + o]`` or ``[i + o, i + o]``, ``[groups, i + o]`` or ``[i + o]``, and the count of elements.
+        ``[groups, i, n]`` and ``[groups, o, n]`` for each output.
     """
     geometry = _geometry(layer)
-    out, patch = geometry.out_channels // geometry.groups, geometry.patch_size
-    share = min(1.0, _JOINT_COST * out * patch / (out + patch) ** 2)
+    groups, patch, out = geometry.groups, geometry.patch_size, geometry.out_channels // geometry.groups
+    sizes = [patch, *[out] * len(outputs)]
     if layer.op_type != "Conv":
-        rows = [_rows(emit, x, geometry.in_channels, share, phase), _rows(emit, y, geometry.out_channels, share, phase)]
-        return _row_moments(emit, emit.op("Concat", *rows, axis=1))
-    strides = grid_strides(_extent(y), share)
-    patches = _columns(emit, _patches(emit, layer, x, y, strides, phase), geometry.groups, geometry.taps, patch)
-    outputs = _columns(emit, _output_grid(emit, y, strides, phase), geometry.groups, 1, out)
-    return _second_moments(emit, emit.op("Concat", patches, outputs, axis=-2), geometry.groups)
+        rows = [_rows(emit, v, size, share, phase) for v, size in zip((x, *outputs), sizes, strict=True)]
+        columns = [emit.op("Transpose", v, perm=[1, 0]) for v in rows]
+    else:
+        strides = grid_strides(_extent(outputs[0]), share)
+        columns = [_columns(emit, _patches(emit, layer, x, outputs[0], strides, phase), groups, geometry.taps, patch)]
+        columns += [_columns(emit, _output_grid(emit, v, strides, phase), groups, 1, out) for v in outputs]
+    return [emit.op("Reshape", v, emit.ints(groups, size, -1)) for v, size in zip(columns, sizes, strict=True)]
 
 
 def _geometry(layer: Layer) -> Geometry:

@@ -11,20 +11,26 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.autodiff import Emitter
-from onnx_kfe.calibration import Batch, channel_major, differentiable_copy, emit_joint
+from onnx_kfe.calibration import Batch, channel_major, differentiable_copy, emit_samples
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, serialize
 from onnx_kfe.recovery._activations import Activations
+from onnx_kfe.recovery._samples import Activation, Block, Samples
 from onnx_kfe.recovery._segments import Frontier, ancestors, join
-from onnx_kfe.recovery._solve import JointMoments
 from onnx_kfe.rewrite import Chain, FactorizePass
 from onnx_kfe.runtime import create_session
 
-__all__ = ["FOLDS", "Lockstep"]
+__all__ = ["FEWEST_SAMPLES", "Lockstep"]
 
-FOLDS = 2
+FEWEST_SAMPLES = 2
+"""One to fit to and one to hold out."""
+
 _SMALLER = "kfe/smaller/"
 _PHASE = "kfe/phase"
+_COLUMNS = 2**14  # of a layer, and further
+_COLUMNS_PER_INPUT = 16
+_LEAST_MEMORY = 2**23  # bytes for the columns
+_HOLD_OUT = 4  # one batch in so many is held out
 
 
 class Lockstep:
@@ -34,6 +40,7 @@ class Lockstep:
         network: The original.
         layers: The layers that will be asked for, in order.
         kept: Where activations are kept.
+        memory: Bytes that the columns of a layer may take.
         providers: Execution providers.
         threads: Threads.
     """
@@ -43,13 +50,15 @@ class Lockstep:
         network: Network,
         layers: Sequence[Layer],
         kept: Activations,
+        memory: int,
         providers: Sequence[str],
         threads: int | None,
     ) -> None:
         self._model = network.model
         self._smaller_model = network.model.clone()
         self._kept = kept
-        self._batches = 0
+        self._sizes: list[int] = []
+        self._memory = memory
         self._stored: set[str] = set()
         self._options: dict[str, Any] = {"providers": providers, "threads": threads}
         self._ahead = [layer.name for layer in layers]
@@ -59,27 +68,26 @@ class Lockstep:
         self._smaller = Frontier(graph, _targets(graph, outputs), _SMALLER)
 
     def take(self, data: Iterable[Batch]) -> None:
-        """Keep the inputs, in as many batches as there are folds at least."""
+        """Keep the inputs, in batches enough to hold some out."""
         for batch in _divided(data):
             for name, array in batch.feeds.items():
-                self._kept.put(self._batches, name, array)
+                self._kept.put(len(self._sizes), name, array)
             self._stored |= set(batch.feeds)
-            self._batches += 1
+            self._sizes.append(len(batch))
 
     def replace(self, chain: Chain) -> None:
         """Write a chain into the smaller model."""
         FactorizePass({chain.layer.name: chain})(self._smaller_model)
         self._ahead.remove(chain.layer.name)
 
-    def moments(self, layer: Layer) -> list[list[JointMoments]]:
-        """Joint moments of the input that a layer now gets and the output that it is to give, by group and fold.
+    def samples(self, layer: Layer) -> list[Samples]:
+        """The inputs that a layer now gets and the outputs that are wanted of it, by group.
 
-        It is to give its original output. Where that goes straight into an Add whose other operand is known by now, it
-        is to give what makes the original sum: so the last layer of a residual branch makes up for the errors of the
-        branch beside it.
+        Wanted is its original output. Where that goes straight into an Add whose other operand is known by now, the
+        original sum is: so the last layer of a residual branch makes up for the errors of the branch beside it.
         """
-        wanted, other = self._wanted(layer)
-        own = [self._smaller.value(layer.input), *([] if other is None else [other])]
+        wanted, beside = self._wanted(layer)
+        own = [self._smaller.value(layer.input), *([] if beside is None else [beside])]
         parts = [
             (self._original, self._original.segment([wanted]), [wanted]),
             (self._smaller, self._smaller.segment(own), own),
@@ -90,13 +98,20 @@ class Lockstep:
         needed = self._original.needed() | self._smaller.needed()
         outputs = [name for name, value in values.items() if name in needed and value.producer() is not None]
         used = [frontier.joint_name(value) for frontier, _, values in parts for value in values]
-        session, moments = self._session(model, layer, outputs, used)
-        result = self._run(session, outputs, moments, layer)
+        session, sampled = self._session(model, layer, outputs, used)
+        blocks = self._run(session, outputs, sampled, layer)
         for name in self._stored - needed:
-            for place in range(self._batches):
+            for place in range(len(self._sizes)):
                 self._kept.drop(place, name)
         self._stored &= needed
-        return result
+        activation = activation_of(wanted)
+        period = min(_HOLD_OUT, len(blocks))
+        fitted = [block for place, block in enumerate(blocks, 1) if place % period]
+        held_out = blocks[period - 1 :: period]
+        return [
+            Samples([block[g] for block in fitted], [block[g] for block in held_out], activation)
+            for g in range(len(blocks[0]))
+        ]
 
     def _wanted(self, layer: Layer) -> tuple[ir.Value, ir.Value | None]:
         """A value of the original, and one of the smaller model to be subtracted from it."""
@@ -119,56 +134,54 @@ class Lockstep:
         named = {v.name: v for v in (*graph.inputs, *(value for node in graph for value in node.outputs))}
         phase = ir.Value(name=_PHASE, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([2]))
         graph.inputs.append(phase)
-        emit = Emitter(graph, prefix="kfe/refit/")
-        y, x, *other = (named[name] for name in used)
-        if other:
-            y = emit.op("Sub", y, other[0], like=y)
-        moments = emit_joint(emit, layer, x, y, phase)
+        y, x, *beside = (named[name] for name in used)
+        share = self._share(layer, 1 + len(beside))
+        sampled = emit_samples(Emitter(graph, prefix="kfe/refit/"), layer, x, [y, *beside], phase, share)
         graph.outputs.clear()
-        graph.outputs.extend([*(named[name] for name in outputs), *moments])
-        return create_session(serialize(model), **self._options), [value.name or "" for value in moments]
+        graph.outputs.extend([*(named[name] for name in outputs), *sampled])
+        return create_session(serialize(model), **self._options), [value.name or "" for value in sampled]
 
-    def _run(self, session: Any, outputs: list[str], moments: list[str], layer: Layer) -> list[list[JointMoments]]:
+    def _share(self, layer: Layer, outputs: int) -> float:
+        """Share of the positions that is enough for a regression on all inputs and fits into memory."""
         assert layer.geometry is not None
-        groups, patch = layer.geometry.groups, layer.geometry.patch_size
-        size = patch + layer.geometry.out_channels // groups
-        second, total = np.zeros((FOLDS, groups, size, size)), np.zeros((FOLDS, groups, size))
-        positions = np.zeros(FOLDS)
+        geometry = layer.geometry
+        patch, out = geometry.patch_size, geometry.out_channels // geometry.groups
+        room = max(self._memory, _LEAST_MEMORY) // (4 * geometry.groups * (patch + outputs * out))
+        return min(1.0, min(_COLUMNS + _COLUMNS_PER_INPUT * patch, room) / (geometry.positions * sum(self._sizes)))
+
+    def _run(self, session: Any, outputs: list[str], sampled: list[str], layer: Layer) -> list[list[Block]]:
+        """Of each batch the blocks of all groups."""
+        assert layer.geometry is not None
+        order = channel_major(layer.geometry)
         inputs = [value.name for value in session.get_inputs()]
-        for place in range(self._batches):
-            fold = place % FOLDS
+        blocks = []
+        for place in range(len(self._sizes)):
             feeds = {name: self._kept.get(place, name) for name in inputs if name != _PHASE}
-            if _PHASE in inputs:  # successive batches of a fold take successive rows
-                feeds[_PHASE] = np.full(2, place // FOLDS, np.int64)
-            found = dict(zip([*outputs, *moments], session.run([*outputs, *moments], feeds), strict=True))
-            for name in outputs:
-                self._kept.put(place, name, found[name])
-            second[fold] += found[moments[0]].reshape(groups, size, size)
-            total[fold] += found[moments[1]].reshape(groups, size)
-            positions[fold] += found[moments[2]].item() / size / groups
+            if _PHASE in inputs:  # successive batches take successive rows
+                feeds[_PHASE] = np.full(2, place, np.int64)
+            found = session.run([*outputs, *sampled], feeds)
+            for name, array in zip(outputs, found, strict=False):
+                self._kept.put(place, name, array)
+            x, y, *beside = found[len(outputs) :]
+            if not np.isfinite(y).all():
+                raise KfeError(
+                    f"layer '{layer.name}': NaN or infinity while refitting; --exclude the layer or use --no-refit"
+                )
+            x = x[:, order]
+            blocks.append([Block(x[g], y[g], beside[0][g] if beside else None) for g in range(len(x))])
         self._stored |= set(outputs)
-        if not np.isfinite(total).all():
-            raise KfeError(
-                f"layer '{layer.name}': NaN or infinity while refitting; --exclude the layer or use --no-refit"
-            )
-        order = np.concatenate([channel_major(layer.geometry), np.arange(patch, size)])
-        return [
-            [JointMoments(second[f, g][np.ix_(order, order)], total[f, g][order], positions[f]) for f in range(FOLDS)]
-            for g in range(groups)
-        ]
+        return blocks
 
 
 def _divided(data: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, a single one in halves."""
+    """The batches, each in parts where there are too few to hold one out."""
     batches = iter(data)
-    first, second = next(batches), next(batches, None)
-    if second is not None:
-        yield from itertools.chain([first, second], batches)
-        return
-    for half in (slice(0, len(first) // 2), slice(len(first) // 2, None)):
-        yield dataclasses.replace(
-            first, feeds={k: v[half] for k, v in first.feeds.items()}, indices=first.indices[half], labels=None
-        )
+    first = list(itertools.islice(batches, _HOLD_OUT))
+    parts = 1 if len(first) == _HOLD_OUT else _HOLD_OUT
+    for batch in itertools.chain(first, batches):
+        for rows in np.array_split(np.arange(len(batch)), min(parts, len(batch))):
+            feeds = {name: array[rows] for name, array in batch.feeds.items()}
+            yield dataclasses.replace(batch, feeds=feeds, indices=batch.indices[rows], labels=None)
 
 
 def _same_shape(first: ir.Value, second: ir.Value) -> bool:
@@ -179,3 +192,24 @@ def _targets(graph: ir.Graph, names: set[str]) -> list[ir.Value]:
     """The outputs of the layers, and the sums that they go into."""
     values = [value for node in graph for value in node.outputs if value.name in names]
     return values + [use.node.outputs[0] for value in values for use in value.uses() if use.node.op_type == "Add"]
+
+
+def activation_of(value: ir.Value) -> Activation:
+    """The clipping activation that is all that reads a value."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output():
+        return Activation()
+    node = uses[0].node
+    if node.op_type == "Relu":
+        return Activation(0.0)
+    if node.op_type != "Clip" or node.domain:
+        return Activation()
+    bounds = [-np.inf, np.inf]
+    for place, bound in enumerate(node.inputs[1:3]):
+        if bound is None:
+            continue
+        constant = ir.convenience.get_const_tensor(bound)
+        if constant is None:
+            return Activation()
+        bounds[place] = float(constant.numpy())
+    return Activation(*bounds)

@@ -13,16 +13,20 @@ import onnx_ir as ir
 from onnx_kfe.calibration import Dataset, LayerStatistics, Statistics, batch_size, batches, fixed_batch, input_specs
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network
+from onnx_kfe.kfe import Array
 from onnx_kfe.planning import DENSE, FORMS, Candidate, LayerProblem, Plan, Stage, compose
 from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.recovery._checkpoint import Checkpoint
-from onnx_kfe.recovery._lockstep import FOLDS, Lockstep
-from onnx_kfe.recovery._solve import JointMoments, solve
+from onnx_kfe.recovery._lockstep import FEWEST_SAMPLES, Lockstep
+from onnx_kfe.recovery._samples import Block, Samples
+from onnx_kfe.recovery._solve import InputMoments, fit
 from onnx_kfe.rewrite import Chain
 
 __all__ = ["DEFAULT_MEMORY", "refit", "refusal"]
 
 DEFAULT_MEMORY = 4 * 2**30
+_DENSE_STEPS = 2  # towards what is reachable, of a whole weight
+_CODE_STEPS = 3  # and of the last factor of a chain
 
 
 def refit(
@@ -40,8 +44,9 @@ def refit(
     """Solve every layer anew, in order, and compress it again.
 
     With ``x'`` the inputs of a layer in the smaller model as far as it is finished and y what the layer is to give, the
-    weight is the ridge regression of y on ``x'`` (see `solve`); it is compressed under the covariance of ``x'`` and the
-    old G, and the bias keeps the mean. Layers that stay dense are solved anew as well: they take up part of the error.
+    weight is the ridge regression of y on ``x'``, with a mind to the activation that follows (see `fit`); it is
+    compressed under the covariance of ``x'`` and the old G, and its last factor and bias are solved once more in the
+    same way. Layers that stay dense are solved anew as well: they take up part of the error.
 
     Args:
         network: The original.
@@ -67,13 +72,14 @@ def refit(
     size = batch_size(network, {name: array.shape for name, array in first.sample.items()})
     solved = Checkpoint(checkpoint, plan, statistics)
     chains: dict[str, Chain] = {}
-    with Activations(memory) as kept:
-        models = Lockstep(network, layers, kept, providers, threads)
+    columns = memory // 4
+    with Activations(memory - columns) as kept:
+        models = Lockstep(network, layers, kept, columns, providers, threads)
         models.take(batches(data, size, input_specs(network.model)))
         for layer in layers:
             chain = solved.load(layer)
             if chain is None:
-                chain = _refitted(layer, plan.choices[layer.name], statistics.layers[layer.name], models.moments(layer))
+                chain = _refitted(layer, plan.choices[layer.name], statistics.layers[layer.name], models.samples(layer))
                 solved.save(chain)
             models.replace(chain)
             chains[layer.name] = chain
@@ -85,8 +91,8 @@ def refit(
 def refusal(network: Network, data: Dataset) -> str | None:
     """Why a model cannot be refitted on these data; None where it can."""
     batch = fixed_batch(input_specs(network.model)) or 1
-    if len(list(itertools.islice(data, FOLDS * batch))) < FOLDS * batch:
-        return f"it takes at least {FOLDS * batch} samples"
+    if len(list(itertools.islice(data, FEWEST_SAMPLES * batch))) < FEWEST_SAMPLES * batch:
+        return f"it takes at least {FEWEST_SAMPLES * batch} samples"
     bodies = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
     for node in network.model.graph:
         if any(attribute.type in bodies for attribute in node.attributes.values()):
@@ -94,28 +100,73 @@ def refusal(network: Network, data: Dataset) -> str | None:
     return "a graph with functions cannot be evaluated in segments" if network.model.functions else None
 
 
-def _refitted(layer: Layer, choice: Candidate, old: LayerStatistics, folds: list[list[JointMoments]]) -> Chain:
-    """The chain of one layer, given the joint moments by group and fold."""
+def _refitted(layer: Layer, choice: Candidate, old: LayerStatistics, samples: Sequence[Samples]) -> Chain:
+    """The chain of one layer, given its columns by group."""
     assert layer.geometry is not None
-    inputs = layer.geometry.patch_size
-    sums = [first + second for first, second in folds]
-    flat = [
-        solve(weight.reshape(len(weight), -1), (first, second), output_factor)
-        for weight, (first, second), output_factor in zip(layer.weight(), folds, old.output_factor, strict=True)
-    ]
-    bias = np.concatenate([s.mean[inputs:] - w @ s.mean[:inputs] for s, w in zip(sums, flat, strict=True)])
-    weight = np.stack(flat).reshape(layer.weight().shape)
+    old_bias = layer.bias()
+    bias = np.zeros(layer.geometry.out_channels) if old_bias is None else old_bias
+    moments = [_moments(group) for group in samples]
+    weight, bias = _fit(layer.weight(), bias, samples, moments, old.output_factor, _DENSE_STEPS)
     if choice.form == DENSE:
         return Chain(layer, DENSE, [Stage(weight, layer.op_type == "Conv")], bias)
-    scale = old.positions / sums[0].positions  # from the positions on the grid to all
-    statistics = dataclasses.replace(
-        old,
-        input_second_moment=scale * np.stack([s.second[:inputs, :inputs] for s in sums]),
-        input_sum=scale * np.stack([s.total[:inputs] for s in sums]),
+    means, covariances = zip(*(_pooled(*parts) for parts in moments), strict=True)
+    problem = LayerProblem(layer, _with_inputs(old, np.stack(means), np.stack(covariances)), weight, bias)
+    *encoder, decoder = stages = FORMS[choice.form].stages(problem, choice.ranks)
+    codes = [_encoded(compose(encoder)[place], decoder.spatial, group) for place, group in enumerate(samples)]
+    moments = [_moments(group) for group in codes]
+    bias = problem.bias(compose(stages))
+    weight, bias = _fit(decoder.weight, bias, codes, moments, old.output_factor, _CODE_STEPS)
+    return Chain(layer, choice.form, [*encoder, Stage(weight, decoder.spatial)], bias)
+
+
+def _moments(group: Samples) -> tuple[InputMoments, InputMoments]:
+    return InputMoments.of(group.fitted), InputMoments.of(group.held_out)
+
+
+def _pooled(first: InputMoments, second: InputMoments) -> tuple[Array, Array]:
+    """Mean and covariance over both."""
+    share = first.columns / (first.columns + second.columns)
+    mean = share * first.mean + (1 - share) * second.mean
+    return mean, share * first.covariance + (1 - share) * second.covariance
+
+
+def _with_inputs(old: LayerStatistics, mean: Array, covariance: Array) -> LayerStatistics:
+    """The statistics with other inputs: mean ``[groups, i]`` and centred second moment ``[groups, i, i]``."""
+    second = covariance + mean[:, :, None] * mean[:, None, :]
+    return dataclasses.replace(old, input_second_moment=old.positions * second, input_sum=old.positions * mean)
+
+
+def _encoded(weight: Array, spatial: bool, group: Samples) -> Samples:
+    """The samples behind all stages but the last, which takes patches of them where it is spatial."""
+    inner = len(weight[0]) if spatial else weight[0].size
+    matrix = weight.reshape(-1, inner).astype(np.float32)
+
+    def encoded(block: Block) -> Block:
+        codes = matrix @ block.inputs.reshape(inner, -1)
+        return dataclasses.replace(block, inputs=codes.reshape(-1, *block.inputs.shape[1:]))
+
+    return dataclasses.replace(
+        group, fitted=[encoded(b) for b in group.fitted], held_out=[encoded(b) for b in group.held_out]
     )
-    problem = LayerProblem(layer, statistics, weight, bias)
-    stages = FORMS[choice.form].stages(problem, choice.ranks)
-    return Chain(layer, choice.form, stages, problem.bias(compose(stages)))
+
+
+def _fit(
+    weight: Array,
+    bias: Array,
+    samples: Sequence[Samples],
+    moments: Sequence[tuple[InputMoments, InputMoments]],
+    output_factor: Array,
+    steps: int,
+) -> tuple[Array, Array]:
+    """`fit` of every group: weight ``[groups, o, ...]`` and bias ``[out]``."""
+    fitted = [
+        fit(w.reshape(len(w), -1), b, group, parts, factor, steps)
+        for w, b, group, parts, factor in zip(
+            weight, bias.reshape(len(weight), -1), samples, moments, output_factor, strict=True
+        )
+    ]
+    weights, biases = zip(*fitted, strict=True)
+    return np.stack(weights).reshape(weight.shape), np.concatenate(biases)
 
 
 def _in_order(network: Network) -> list[Layer]:
