@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,8 @@ class Pruning:
             self.progress.note("no data: only what the weights alone justify is pruned, and quality will be unproven")
         else:
             self.network = at_seen_shapes(self.network, self.statistics)
+            if shortage := _shortage(self.network, self.statistics):
+                self.progress.note(shortage)
 
     def smaller(self, plan: Plan | Budget | Sequence[Budget] | None, round_to: int) -> Result:
         """The model of a plan, or of the plan for a budget."""
@@ -197,6 +200,22 @@ def collect(
             network, dataset, heads=heads, seed=seed, shard=shard, providers=providers, threads=threads,
             progress=advance,
         )  # fmt: skip
+
+
+def _shortage(network: Network, statistics: Statistics) -> str | None:
+    """Which layer has the fewest positions for its input covariance, where they do not determine it."""
+    needed = {
+        layer.name: math.ceil(layer.geometry.patch_size * seen.samples / seen.positions)
+        for layer in network.prunable
+        if layer.geometry is not None and (seen := statistics.layers.get(layer.name)) is not None
+    }
+    name = max(needed, key=needed.__getitem__, default=None)
+    if name is None or needed[name] <= statistics.samples:
+        return None
+    return (
+        f"few samples: the input covariance of layer '{name}' takes {needed[name]:,} at least, of which there are "
+        f"{statistics.samples:,}; unseen directions keep their weights (more with --max-samples)"
+    )
 
 
 def at_seen_shapes(network: Network, statistics: Statistics) -> Network:

@@ -349,6 +349,16 @@ def test_progress_is_told_every_sample_and_layer() -> None:
     assert any("heads: logits categorical (assumed; change with --head)" in note for note in progress.notes)
 
 
+@pytest.mark.parametrize(("count", "said"), [(10, True), (200, False)])
+def test_too_few_samples_for_a_covariance_are_said_with_how_many_it_takes(count: int, said: bool) -> None:
+    """The Gemm has 16 inputs and one position a sample; a fifth of the samples is held back."""
+    progress = Recorded()
+    kfe.prune(classifier(), samples(count), kfe.Macs(0.8), measure=False, progress=progress)
+    notes = [note for note in progress.notes if "few samples" in note]
+    assert len(notes) == said
+    assert not said or "'fc' takes 16 at least, of which there are 8" in notes[0]
+
+
 # The quality floor
 
 
