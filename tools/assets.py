@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 __all__ = ["MODELS", "Asset", "assets_folder", "cifar10", "extract_images"]
 
@@ -69,6 +71,31 @@ def _cifar_rows() -> Iterator[tuple[np.ndarray, int]]:
     return zip(*cifar10("train", 0, 10_000), strict=True)
 
 
+def _cct_rows() -> Iterator[tuple[np.ndarray, int]]:
+    images, labels = _reference().cifar_images("train")
+    return zip(_reference().cifar_batch(images, **_reference().CIFAR_CCT), labels.astype(int), strict=True)
+
+
+def _noisy_crops() -> Iterator[tuple[np.ndarray, int]]:
+    """A crop of each training image with the noise that the model is to predict; labels mean nothing."""
+    random = np.random.default_rng(0)
+    with zipfile.ZipFile(assets_folder() / "data" / "denoise_set12_set68_train400.zip") as archive:
+        for name in sorted(name for name in archive.namelist() if name.startswith("train/") and name.endswith(".png")):
+            with archive.open(name) as file:
+                clean = np.asarray(Image.open(file).convert("L"), np.float32)[None, 32:96, 32:96] / 255
+            yield clean + random.standard_normal(clean.shape, np.float32) * 25 / 255, 0
+
+
+def _receipt_lines() -> Iterator[tuple[np.ndarray, int]]:
+    """The lines that are not scored, cut or padded to one width; labels mean nothing."""
+    lines = _reference().labelled("sroie_lines3000.zip", "labels.tsv", "\t")
+    for _, image, _ in itertools.islice(lines, 1_000, None):
+        pixels = np.asarray(image.convert("L").convert("RGB"), np.float32)[:, :320].transpose(2, 0, 1)
+        padded = np.zeros((3, 48, 320), np.float32)
+        padded[:, :, : pixels.shape[2]] = (pixels / 255 - 0.5) / 0.5
+        yield padded, 0
+
+
 @dataclass(frozen=True)
 class Asset:
     """A model with the data that it is calibrated on.
@@ -77,11 +104,13 @@ class Asset:
         file: File name of the model.
         rows: Yields inputs (without a batch axis) and labels.
         preset: Name of the product's image preset, where the images are files.
+        score: The reference evaluation of a session, where that is not the share of `rows` that it labels rightly.
     """
 
     file: str
     rows: Callable[[], Iterator[tuple[np.ndarray, int]]]
     preset: str | None = None
+    score: Callable[[Any], float] | None = None
 
     @property
     def path(self) -> Path:
@@ -104,6 +133,18 @@ MODELS: dict[str, Asset] = {
     "mobilenet": Asset("mobilenet_v2_tv.onnx", lambda: _imagenet("mobilenet"), "imagenet"),
     "lite0": Asset("efficientnet_lite0.onnx", lambda: _imagenet("lite0"), "efficientnet-lite"),
     "squeezenet": Asset("squeezenet1_1_ndf.onnx", lambda: _imagenet("squeezenet"), "caffe"),
+    "resnet20_bn": Asset("cifar10_resnet20_bn.onnx", _cifar_rows),
+    "cct": Asset(
+        "cifar10_cct_vit.onnx",
+        _cct_rows,
+        score=lambda run: 100 * float(_reference().cifar10(run, 2_000, "cct")["top1"]),
+    ),
+    "dncnn": Asset("dncnn_b.onnx", _noisy_crops, score=lambda run: _reference().denoise(run, None, "")["psnr"]),
+    "ocr": Asset(
+        "ch_PP-OCRv4_rec_infer.onnx",
+        _receipt_lines,
+        score=lambda run: 100 * (1 - _reference().ocr(run, 400, "")["cer"]),
+    ),
     "vgg16": Asset("vgg16_brain_tumor.onnx", _mri),
 }
 """By the short names that the tools take."""
