@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,21 +86,24 @@ def evaluate(
 def benchmark(
     models: Sequence[str | os.PathLike[str]],
     *,
-    batch: int = 1,
+    batch: int | Sequence[int] = 1,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     providers: Sequence[str] = (),
-    threads: int | None = None,
+    threads: int | Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> list[Timing]:
     """Time models against each other on the same random inputs, alternated in one run.
 
     Args:
         models: Paths; speed is relative to the first.
-        batch: Samples in a run.
+        batch: Samples in a run, or several such numbers.
         input_shapes: Shapes of inputs with free axes.
         providers: Execution providers, CPU when empty.
-        threads: Threads, all cores when None.
+        threads: Threads, all cores when None, or several such numbers.
         progress: Shows what is going on.
+
+    Returns:
+        The timings of all models at each combination of batch and threads.
 
     Raises:
         UsageError: There is no model, or a shape or provider cannot be.
@@ -108,12 +112,18 @@ def benchmark(
     if not models:
         raise UsageError("there is no model to benchmark")
     specs, *_ = [input_specs(load(path)) for path in models]
-    count = fixed_batch(specs) or batch
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
-    feeds = _first_batch(synthetic_dataset(specs, count, 0, shapes), specs, count).feeds
     paths = {os.fspath(path): os.fspath(path) for path in models}
-    with (progress or Progress()).stage("measuring latency"):
-        return evaluation.benchmark(paths, feeds, providers=providers, threads=threads)
+    fixed = fixed_batch(specs)
+    counts = [fixed] if fixed else [batch] if isinstance(batch, int) else list(batch)
+    pools = list(threads) if isinstance(threads, Sequence) else [threads]
+    timings = []
+    with (progress or Progress()).stage("measuring latency", len(counts) * len(pools)) as advance:
+        for count, pool in itertools.product(counts, pools):
+            feeds = _first_batch(synthetic_dataset(specs, count, 0, shapes), specs, count).feeds
+            timings += evaluation.benchmark(paths, feeds, batch=count, providers=providers, threads=pool)
+            advance(1)
+    return timings
 
 
 def measure_quality(
@@ -140,9 +150,9 @@ def measure_latency(
 ) -> list[Timing]:
     """Timings of the original and of a smaller model on one sample of the data."""
     models = {"original": serialize(network.original), "pruned": serialize(smaller)}
-    feeds = _first_batch(dataset, input_specs(network.model)).feeds
+    batch = _first_batch(dataset, input_specs(network.model))
     with progress.stage("measuring latency"):
-        return evaluation.benchmark(models, feeds, providers=providers, threads=threads)
+        return evaluation.benchmark(models, batch.feeds, batch=len(batch), providers=providers, threads=threads)
 
 
 def head_specs(heads: Sequence[calibration.Head]) -> list[HeadSpec]:

@@ -31,6 +31,7 @@ __all__ = [
     "Memory",
     "Model",
     "Output",
+    "Providers",
     "Recovery",
     "Sampling",
     "Selection",
@@ -49,6 +50,8 @@ Data = Annotated[list[str] | None, typer.Option("--data", help=_DATA_HELP)]
 
 Memory = Annotated[str, typer.Option(help="Memory of the refit for activations, the rest goes to disk.")]
 DEFAULT_MEMORY = "4GB"
+
+Providers = Annotated[list[str] | None, typer.Option(help="Execution provider, CPU by default; repeatable.")]
 
 _SHAPE_HELP = "name:1,3,224,224 for free axes; repeatable."
 _HEAD_HELP = "NAME=KIND of an output: categorical, bernoulli, gaussian, none."
@@ -120,7 +123,7 @@ class Images:
 class Machine:
     """What ONNX Runtime runs on."""
 
-    providers: Annotated[list[str] | None, typer.Option(help="Execution provider, CPU by default; repeatable.")] = None
+    providers: Providers = None
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")] = None
 
     @property

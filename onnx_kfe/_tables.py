@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -131,12 +132,19 @@ def show_quality(quality: Quality) -> None:
 
 
 def show_timings(timings: Sequence[Timing]) -> None:
-    """The table of `benchmark`; speed relative to the first model."""
+    """The tables of `benchmark`, one for each batch size and number of threads; speed relative to the first model."""
+    for (batch, threads), group in itertools.groupby(timings, lambda timing: (timing.batch, timing.threads)):
+        print_line(f"batch {batch}, {threads} thread{'s' * (threads > 1)}")
+        _show_timings(list(group))
+
+
+def _show_timings(timings: Sequence[Timing]) -> None:
     names = [Path(timing.name).name for timing in timings]
     unique = len(set(names)) == len(names)
     table = _table("", *(f">{name if unique else timing.name}" for name, timing in zip(names, timings, strict=True)))
     for title, values, _ in _timing_rows(timings):
         table.add_row(title, *values)
+    table.add_row("samples a second", *(f"{timing.throughput:,.1f}" for timing in timings))
     table.add_row("load time", *(_ms(timing.load_time) for timing in timings))
     table.add_row("speed", *(f"{timing.speedup:.2f}x" for timing in timings))
     table.add_row("speed, quartiles", *("{:.2f} to {:.2f}".format(*timing.speedup_iqr) for timing in timings))
@@ -152,6 +160,7 @@ def _timing_rows(timings: Sequence[Timing]) -> Iterator[tuple[str, list[str], st
     low, high = last.speedup_iqr
     yield "latency, median", [_ms(t.median) for t in timings], f"{last.speedup:.2f}x speed ({low:.2f} to {high:.2f})"
     yield "latency, p90", [_ms(t.p90) for t in timings], ""
+    yield "latency, p99", [_ms(t.p99) for t in timings], ""
     if all(t.peak_memory for t in timings):
         ratio = (last.peak_memory or 0) / (first.peak_memory or 1)
         yield "peak memory", [_bytes(t.peak_memory or 0) for t in timings], f"{ratio:.1%}"

@@ -12,7 +12,7 @@ import onnx_kfe as kfe
 from onnx_kfe import _options as options
 from onnx_kfe import _tables, console
 from onnx_kfe.calibration import Statistics
-from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.graph import check_output
 from onnx_kfe.pipeline import DEFAULT_SAMPLES
 from onnx_kfe.planning import Macs, Plan
@@ -267,20 +267,35 @@ def evaluate(
 def benchmark(
     *,
     models: Annotated[list[Path], typer.Argument(help="Models; speed is relative to the first.")],
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples in a run.")] = 1,
+    batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Samples in a run; repeatable.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, all cores by default; repeatable.")] = None,
+    providers: options.Providers = None,
     input_shape: Annotated[
         list[str] | None, typer.Option("--input-shape", help="name:1,3,224,224; repeatable.")
     ] = None,
-    machine: options.Machine,
+    min_speedup: Annotated[
+        float | None, typer.Option("--min-speedup", min=0, help="Exit with 3 where a model is less fast than that.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Time models against each other, alternated in one run, on random inputs."""
-    shapes = options.parse_shapes(input_shape)
-    timings = kfe.benchmark(models, batch=batch, input_shapes=shapes, progress=console.ShownProgress(), **machine.given)
+    if min_speedup is not None and len(models) < 2:
+        raise UsageError("--min-speedup compares with the first model: give two or more")
+    timings = kfe.benchmark(
+        models, batch=batch or 1, input_shapes=options.parse_shapes(input_shape), progress=console.ShownProgress(),
+        threads=threads, providers=providers or (),
+    )  # fmt: skip
     if json:
         console.print_json([timing.as_dict() for timing in timings])
     else:
         _tables.show_timings(timings)
+    slow = [t for t in timings if min_speedup is not None and t.speedup < min_speedup and t.name != str(models[0])]
+    if slow:
+        worst = min(slow, key=lambda timing: timing.speedup)
+        raise BudgetError(
+            f"{worst.name} runs at {worst.speedup:.2f}x the speed of {models[0]} at batch {worst.batch} with "
+            f"{worst.threads} thread(s), less than --min-speedup {min_speedup:g}"
+        )
 
 
 @command

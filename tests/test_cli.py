@@ -181,12 +181,36 @@ def test_evaluate(cli: Cli, folder: Path) -> None:
 def test_benchmark(cli: Cli, folder: Path) -> None:
     onnx.save(classifier(seed=1), folder / "other.onnx")
     shown = done(cli("benchmark", "net.onnx", "other.onnx", "--batch", 2))
-    assert shown.split()[:2] == ["net.onnx", "other.onnx"]
-    assert "latency, median" in shown
+    assert shown.splitlines()[0].startswith("batch 2, ")
+    assert ["net.onnx", "other.onnx"] in [line.split() for line in shown.splitlines()]
+    assert "latency, p99" in shown
+    assert "samples a second" in shown
     assert [timing["name"] for timing in from_json(cli("benchmark", "net.onnx", "other.onnx", "--json"))] == [
         "net.onnx",
         "other.onnx",
     ]
+
+
+def test_benchmark_at_several_batch_sizes_and_threads(cli: Cli, folder: Path) -> None:
+    sweep = ("benchmark", "net.onnx", "--batch", 1, "--batch", 4, "--threads", 1, "--threads", 2, "--json")
+    timings = from_json(cli(*sweep))
+    assert [(timing["batch"], timing["threads"]) for timing in timings] == [(1, 1), (1, 2), (4, 1), (4, 2)]
+    for timing in timings:
+        assert timing["throughput"] == pytest.approx(timing["batch"] / timing["median"])
+        assert timing["median"] <= timing["p90"] <= timing["p99"]
+
+
+def test_a_benchmark_that_is_to_show_a_speed_fails_where_it_does_not(cli: Cli, folder: Path) -> None:
+    onnx.save(classifier(seed=1), folder / "other.onnx")
+    outcome = cli("benchmark", "net.onnx", "other.onnx", "--min-speedup", 1000)
+    assert outcome.code == 3
+    assert "latency, median" in outcome.out
+    assert "other.onnx runs at" in outcome.err
+    assert "less than --min-speedup 1000" in " ".join(outcome.err.split())
+    done(cli("benchmark", "net.onnx", "other.onnx", "--min-speedup", 0.0001))
+    outcome = cli("benchmark", "net.onnx", "--min-speedup", 2)
+    assert outcome.code == 2
+    assert "give two or more" in outcome.err
 
 
 def test_export_then_prune(cli: Cli, folder: Path) -> None:

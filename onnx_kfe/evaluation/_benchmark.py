@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.evaluation._run import Model, open_model, run
+from onnx_kfe.runtime import default_threads
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Timing:
         rounds: Number of timed runs.
         median: Median latency in seconds.
         p90: 90th percentile of the latency in seconds.
+        p99: 99th percentile of the latency in seconds.
         spread: Interquartile range of the latency over its median.
         speedup: Median over rounds of (latency of the first model / latency of this one).
         speedup_iqr: First and third quartile of that ratio.
@@ -36,28 +38,39 @@ class Timing:
         peak_memory: Peak of that process's resident host memory while it loads the model and runs it three times, in
             bytes above what it took before; None where the system does not tell.
         file_size: Bytes of the model with its external data.
+        batch: Samples in a run.
+        threads: Intra-operator threads.
     """
 
     name: str
     rounds: int
     median: float
     p90: float
+    p99: float
     spread: float
     speedup: float
     speedup_iqr: tuple[float, float]
     load_time: float
     peak_memory: int | None
     file_size: int
+    batch: int
+    threads: int
+
+    @property
+    def throughput(self) -> float:
+        """Samples in a second, at the median latency."""
+        return self.batch / self.median
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return {**asdict(self), "throughput": self.throughput}
 
 
 def benchmark(
     models: Mapping[str, Model],
     feeds: Mapping[str, np.ndarray],
     *,
+    batch: int = 1,
     providers: Sequence[str] = (),
     threads: int | None = None,
     seconds: float = 3.0,
@@ -72,6 +85,7 @@ def benchmark(
     Args:
         models: Name -> serialised model or its path; speed ratios are relative to the first.
         feeds: Input name -> array.
+        batch: Samples in the feeds.
         providers: Execution providers in order of preference; CPU when empty.
         threads: Intra-operator threads; all cores when None.
         seconds: Time to spend on each model; rounds stop after it, but not before `min_runs`.
@@ -97,7 +111,7 @@ def benchmark(
     timings = []
     for column, (name, model) in enumerate(models.items()):
         own = latencies[:, column]
-        low, median, high, p90 = np.quantile(own, [0.25, 0.5, 0.75, 0.9])
+        low, median, high, p90, p99 = np.quantile(own, [0.25, 0.5, 0.75, 0.9, 0.99])
         slow, speedup, fast = np.quantile(latencies[:, 0] / own, [0.25, 0.5, 0.75])
         load_time, peak = _measure_alone(name, model, feeds, providers, threads)
         timings.append(
@@ -106,12 +120,15 @@ def benchmark(
                 rounds=len(own),
                 median=float(median),
                 p90=float(p90),
+                p99=float(p99),
                 spread=float((high - low) / median),
                 speedup=float(speedup),
                 speedup_iqr=(float(slow), float(fast)),
                 load_time=load_time,
                 peak_memory=peak,
                 file_size=file_size(model),
+                batch=batch,
+                threads=threads or default_threads(),
             )
         )
     return timings
