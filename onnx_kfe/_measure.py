@@ -155,9 +155,12 @@ def measure_latency(
         return evaluation.benchmark(models, batch.feeds, batch=len(batch), providers=providers, threads=threads)
 
 
-def head_specs(heads: Sequence[calibration.Head]) -> list[HeadSpec]:
-    """How the evaluation reads the heads of a model."""
-    return [HeadSpec(head.output, head.kind, head.probabilities, head.axis) for head in heads]
+def head_specs(heads: Sequence[calibration.Head], *, scaled: bool = False) -> list[HeadSpec]:
+    """How the evaluation reads the heads of a model; their scales are known where statistics were collected."""
+    return [
+        HeadSpec(head.output, head.kind, head.probabilities, head.axis, head.scale if scaled else None)
+        for head in heads
+    ]
 
 
 def note_skipped(dataset: Dataset, progress: Progress) -> None:

@@ -170,8 +170,10 @@ class Pruning:
         return write_chains(network, plan, statistics, chains), losses
 
     def _quality(self, model: ir.Model, dataset: Dataset, progress: Progress) -> Quality:
-        known = self.statistics.heads if self.statistics is not None else None
-        specs = head_specs(known or calibration.find_heads(self.network, self.heads))
+        if self.statistics is not None:
+            specs = head_specs(self.statistics.heads, scaled=True)
+        else:
+            specs = head_specs(calibration.find_heads(self.network, self.heads))
         return measure_quality(self.network, model, dataset, specs, *self.machine, progress)
 
 

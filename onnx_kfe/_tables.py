@@ -194,6 +194,8 @@ def _head_rows(head: HeadQuality, heads: int) -> Iterator[tuple[str, str, str, s
         yield f"{prefix}KL, nats a sample", "", f"{head.kl:.3g}", interval
     if head.relative_error is not None:
         yield f"{prefix}relative error", "", f"{head.relative_error:.3g}", interval
+        if head.nats is not None:
+            yield f"{prefix}loss, nats a sample", "", f"{head.nats:.3g}", ""
 
 
 def _percents(rate: Rate) -> str:

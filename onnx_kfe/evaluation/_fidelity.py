@@ -70,6 +70,7 @@ class HeadSpec:
         kind: "categorical", "bernoulli" or "gaussian".
         probabilities: Whether the output is already a probability; logits when False. No meaning for "gaussian".
         axis: Axis of the classes (of the channels, for "gaussian"); None for 1 from rank 4 up, else the last.
+        scale: Standard deviation by which a Gaussian head is measured in nats; None where it is unknown.
 
     Raises:
         UsageError: The kind is none of these.
@@ -79,6 +80,7 @@ class HeadSpec:
     kind: str
     probabilities: bool = False
     axis: int | None = None
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _COMPARISONS:
@@ -109,6 +111,8 @@ class HeadQuality:
         agreement: Share of the decisions that are the same: the top class at every position (categorical), which side
             of 0.5 (bernoulli). Its interval takes samples, not positions, as independent.
         kl: Mean KL(reference || model) of a sample in nats, summed over its positions.
+        nats: What the loss that K-FAC predicts amounts to: `kl`, or for a Gaussian head of known scale half the squared
+            error of a sample in units of that scale.
         relative_error: sqrt(sum ||y - y_ref||^2 / sum ||y_ref - mean||^2), the mean over the data for each channel.
         interval: 95 % interval of `kl` or of `relative_error`, whichever the head has; None where it has no meaning.
         decisions: Number of decisions that were compared; 0 for a Gaussian head.
@@ -118,6 +122,7 @@ class HeadQuality:
     kind: str
     agreement: Rate | None = None
     kl: float | None = None
+    nats: float | None = None
     relative_error: float | None = None
     interval: tuple[float, float] | None = None
     decisions: int = 0
@@ -161,7 +166,7 @@ class _Decisions:
     def result(self) -> HeadQuality:
         agreement = Rate.wilson(self.same / self.decisions, self.samples)
         kl = Mean.of(self.kl, self.kl_squares, self.samples)
-        quality = HeadQuality(self.spec.name, self.spec.kind, agreement, kl.value, decisions=self.decisions)
+        quality = HeadQuality(self.spec.name, self.spec.kind, agreement, kl.value, kl.value, decisions=self.decisions)
         return replace(quality, interval=(kl.low, kl.high))
 
     def decide(self, rows: np.ndarray) -> np.ndarray:
@@ -220,12 +225,14 @@ class _Gaussian:
         self.count = total
 
     def result(self) -> HeadQuality:
-        constant = math.inf if self.error else 0.0  # any error of a constant output is beyond measure
+        scale = self.spec.scale
+        nats = self.error / self.samples / (2 * scale**2) if scale else None
         if not self.scatter:
-            return HeadQuality(self.spec.name, self.spec.kind, relative_error=constant)
+            constant = math.inf if self.error else 0.0  # any error of a constant output is beyond measure
+            return HeadQuality(self.spec.name, self.spec.kind, nats=nats, relative_error=constant)
         error = Mean.of(self.error, self.error_squares, self.samples)  # its scatter outweighs that of the reference
         relative, low, high = (math.sqrt(e * self.samples / self.scatter) for e in (error.value, error.low, error.high))
-        return HeadQuality(self.spec.name, self.spec.kind, relative_error=relative, interval=(low, high))
+        return HeadQuality(self.spec.name, self.spec.kind, nats=nats, relative_error=relative, interval=(low, high))
 
 
 _COMPARISONS: dict[str, type[Comparison]] = {

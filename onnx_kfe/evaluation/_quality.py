@@ -65,8 +65,8 @@ class Quality:
 
     @property
     def divergence(self) -> float | None:
-        """Measured loss: KL of all heads together in nats a sample; None where a head has no KL."""
-        found = [head.kl for head in self.heads if head.kl is not None]
+        """Measured loss of all heads together in nats a sample; None where that of a head is not known."""
+        found = [head.nats for head in self.heads if head.nats is not None]
         return sum(found) if found and len(found) == len(self.heads) else None
 
     def as_dict(self) -> dict[str, Any]:

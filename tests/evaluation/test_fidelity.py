@@ -57,6 +57,14 @@ def test_bernoulli_against_scipy():
     assert result.agreement == Rate.wilson(((p > 0.5) == (q > 0.5)).mean(), 40)
 
 
+def test_gaussian_loss_in_nats_is_half_the_squared_error_of_a_sample_in_units_of_the_scale():
+    random = np.random.default_rng(1)
+    old, new = random.standard_normal((2, 6, 3, 4))
+    result = compared(HeadSpec("y", "gaussian", scale=0.5), old, new, splits=[2, 5])
+    assert result.nats == pytest.approx(np.square(new - old).sum((1, 2)).mean() / 2 / 0.25)
+    assert compared(HeadSpec("y", "gaussian"), old, new, splits=[3]).nats is None
+
+
 @pytest.mark.parametrize(
     ("shape", "axes"), [((40, 6), 0), ((40, 3, 5, 4), (0, 2, 3)), ((40, 5, 3), (0, 1)), ((40,), 0)]
 )
