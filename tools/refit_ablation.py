@@ -57,8 +57,8 @@ VARIANTS: dict[str, Callable[[], Part]] = {
     "changed layers only": changed_layers_only,
     "ridge 0.001 everywhere": lambda: mock.patch.object(_solve, "RIDGES", (1e-3,)),
     "ridge 1 everywhere": lambda: mock.patch.object(_solve, "RIDGES", (1.0,)),
-    "a quarter of the columns": lambda: mock.patch.multiple(_lockstep, _COLUMNS=2**12, _COLUMNS_PER_INPUT=4),
-    "four times the columns": lambda: mock.patch.multiple(_lockstep, _COLUMNS=2**16, _COLUMNS_PER_INPUT=64),
+    "a quarter of the columns": lambda: mock.patch.multiple(_lockstep, _COLUMNS_PER_SAMPLE=8, _COLUMNS_PER_INPUT=4),
+    "four times the columns": lambda: mock.patch.multiple(_lockstep, _COLUMNS_PER_SAMPLE=128, _COLUMNS_PER_INPUT=64),
 }
 
 

@@ -27,10 +27,10 @@ FEWEST_SAMPLES = 2
 
 _SMALLER = "kfe/smaller/"
 _PHASE = "kfe/phase"
-_COLUMNS = 2**14  # of a layer, and further
+_COLUMNS_PER_SAMPLE = 32
 _COLUMNS_PER_INPUT = 16
 _LEAST_MEMORY = 2**23  # bytes for the columns
-_HOLD_OUT = 4  # one batch in so many is held out
+_HOLD_OUT = 8  # one batch in so many is held out
 
 
 class Lockstep:
@@ -147,7 +147,9 @@ class Lockstep:
         geometry = layer.geometry
         patch, out = geometry.patch_size, geometry.out_channels // geometry.groups
         room = max(self._memory, _LEAST_MEMORY) // (4 * geometry.groups * (patch + outputs * out))
-        return min(1.0, min(_COLUMNS + _COLUMNS_PER_INPUT * patch, room) / (geometry.positions * sum(self._sizes)))
+        samples = sum(self._sizes)
+        enough = _COLUMNS_PER_SAMPLE * samples + _COLUMNS_PER_INPUT * patch
+        return min(1.0, min(enough, room) / (geometry.positions * samples))
 
     def _run(self, session: Any, outputs: list[str], sampled: list[str], layer: Layer) -> list[list[Block]]:
         """Of each batch the blocks of all groups."""
