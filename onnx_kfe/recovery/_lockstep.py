@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,13 +66,25 @@ class Lockstep:
         graph = self._smaller_model.graph
         self._smaller = Frontier(graph, _targets(graph, outputs), _SMALLER)
 
-    def take(self, data: Iterable[Batch]) -> None:
-        """Keep the inputs, in batches enough to hold some out."""
-        for batch in _divided(data):
-            for name, array in batch.feeds.items():
-                self._kept.put(len(self._sizes), name, array)
-            self._stored |= set(batch.feeds)
-            self._sizes.append(len(batch))
+    def take(self, data: Iterable[Batch], divisible: bool) -> None:
+        """Keep the inputs, in batches enough to hold some out where batches can be divided."""
+        for batch in data:
+            self._take(batch.feeds, len(batch))
+        if divisible and len(self._sizes) < _HOLD_OUT:
+            sizes, self._sizes = self._sizes, []
+            whole = [{name: np.array(self._kept.get(n, name)) for name in self._stored} for n in range(len(sizes))]
+            for n, name in itertools.product(range(len(sizes)), self._stored):
+                self._kept.drop(n, name)
+            for feeds, size in zip(whole, sizes, strict=True):
+                parts = np.array_split(np.arange(size), min(_HOLD_OUT, size))
+                for rows in parts:
+                    self._take({n: array[rows] if len(parts) > 1 else array for n, array in feeds.items()}, len(rows))
+
+    def _take(self, feeds: Mapping[str, np.ndarray], size: int) -> None:
+        for name, array in feeds.items():
+            self._kept.put(len(self._sizes), name, array)
+        self._stored |= set(feeds)
+        self._sizes.append(size)
 
     def replace(self, chain: Chain) -> None:
         """Write a chain into the smaller model."""
@@ -173,17 +184,6 @@ class Lockstep:
             blocks.append([Block(x[g], y[g], beside[0][g] if beside else None) for g in range(len(x))])
         self._stored |= set(outputs)
         return blocks
-
-
-def _divided(data: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, each in parts where there are too few to hold one out."""
-    batches = iter(data)
-    first = list(itertools.islice(batches, _HOLD_OUT))
-    parts = 1 if len(first) == _HOLD_OUT else _HOLD_OUT
-    for batch in itertools.chain(first, batches):
-        for rows in np.array_split(np.arange(len(batch)), min(parts, len(batch))):
-            feeds = {name: array[rows] for name, array in batch.feeds.items()}
-            yield dataclasses.replace(batch, feeds=feeds, indices=batch.indices[rows], labels=None)
 
 
 def _same_shape(first: ir.Value, second: ir.Value) -> bool:

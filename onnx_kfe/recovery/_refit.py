@@ -75,7 +75,8 @@ def refit(
     columns = memory // 4
     with Activations(memory - columns) as kept:
         models = Lockstep(network, layers, kept, columns, providers, threads)
-        models.take(batches(data, size, input_specs(network.model)))
+        specs = input_specs(network.model)
+        models.take(batches(data, size, specs), size > 1 and fixed_batch(specs) is None)
         for layer in layers:
             chain = solved.load(layer)
             if chain is None:
