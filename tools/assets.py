@@ -137,7 +137,7 @@ MODELS: dict[str, Asset] = {
     "cct": Asset(
         "cifar10_cct_vit.onnx",
         _cct_rows,
-        score=lambda run: 100 * float(_reference().cifar10(run, 2_000, "cct")["top1"]),
+        score=lambda run: _reference().cifar10(run, 2_000, "cct")["top1"],
     ),
     "dncnn": Asset("dncnn_b.onnx", _noisy_crops, score=lambda run: _reference().denoise(run, None, "")["psnr"]),
     "ocr": Asset(

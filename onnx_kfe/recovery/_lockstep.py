@@ -26,7 +26,7 @@ FEWEST_SAMPLES = 2
 
 _SMALLER = "kfe/smaller/"
 _PHASE = "kfe/phase"
-_COLUMNS_PER_SAMPLE = 32
+_COLUMNS_PER_SAMPLE = 16
 _COLUMNS_PER_INPUT = 16
 _LEAST_MEMORY = 2**23  # bytes for the columns
 _HOLD_OUT = 8  # one batch in so many is held out
