@@ -1,4 +1,7 @@
-"""Idle threads of OpenBLAS sleep at once: NumPy's copy, SciPy's and ONNX Runtime take turns on the same cores."""
+"""Idle threads of OpenBLAS sleep at once: NumPy's copy, SciPy's and ONNX Runtime take turns on the same cores.
+
+Each copy reads the setting when it is loaded: a program that imports NumPy before this package sets it by itself.
+"""
 
 import os
 

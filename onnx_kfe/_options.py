@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from onnx_kfe import recovery
 from onnx_kfe.calibration import ImageOptions, image_preset
 from onnx_kfe.errors import UsageError
 from onnx_kfe.evaluation import METRICS
@@ -49,7 +50,7 @@ _DATA_HELP = "Inputs: image folder, .npz, .npy, test_data_set folder, or package
 Data = Annotated[list[str] | None, typer.Option("--data", help=_DATA_HELP)]
 
 Memory = Annotated[str, typer.Option(help="Memory of the refit for activations, the rest goes to disk.")]
-DEFAULT_MEMORY = "4GB"
+DEFAULT_MEMORY = f"{recovery.DEFAULT_MEMORY >> 30}GB"
 
 Providers = Annotated[list[str] | None, typer.Option(help="Execution provider, CPU by default; repeatable.")]
 

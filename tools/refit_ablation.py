@@ -51,7 +51,7 @@ def without_sums() -> Part:
 VARIANTS: dict[str, Callable[[], Part]] = {
     "refit": contextlib.nullcontext,
     "without residual sums": without_sums,
-    "without activations": lambda: mock.patch.object(_lockstep, "activation_of", return_value=_samples.Activation()),
+    "without activations": lambda: mock.patch.object(_lockstep, "_activation_of", return_value=_samples.Activation()),
     "last factors as compressed": lambda: mock.patch.object(_refit, "_CODE_STEPS", 0),
     "old weights, last factors solved": lambda: mock.patch.object(_refit, "_DENSE_STEPS", 0),
     "changed layers only": changed_layers_only,

@@ -28,7 +28,7 @@ _SMALLER = "kfe/smaller/"
 _PHASE = "kfe/phase"
 _COLUMNS_PER_SAMPLE = 16
 _COLUMNS_PER_INPUT = 16
-_LEAST_MEMORY = 2**23  # bytes for the columns
+_LEAST_MEMORY = 2**23  # bytes for the columns, however small the budget
 _HOLD_OUT = 8  # one batch in so many is held out
 
 
@@ -72,6 +72,7 @@ class Lockstep:
             self._take(batch.feeds, len(batch))
         if divisible and len(self._sizes) < _HOLD_OUT:
             sizes, self._sizes = self._sizes, []
+            # divided only now: how many batches a stream gives is not known before
             whole = [{name: np.array(self._kept.get(n, name)) for name in self._stored} for n in range(len(sizes))]
             for n, name in itertools.product(range(len(sizes)), self._stored):
                 self._kept.drop(n, name)
@@ -115,7 +116,7 @@ class Lockstep:
             for place in range(len(self._sizes)):
                 self._kept.drop(place, name)
         self._stored &= needed
-        activation = activation_of(wanted)
+        activation = _activation_of(wanted)
         period = min(_HOLD_OUT, len(blocks))
         fitted = [block for place, block in enumerate(blocks, 1) if place % period]
         held_out = blocks[period - 1 :: period]
@@ -196,7 +197,7 @@ def _targets(graph: ir.Graph, names: set[str]) -> list[ir.Value]:
     return values + [use.node.outputs[0] for value in values for use in value.uses() if use.node.op_type == "Add"]
 
 
-def activation_of(value: ir.Value) -> Activation:
+def _activation_of(value: ir.Value) -> Activation:
     """The clipping activation that is all that reads a value."""
     uses = list(value.uses())
     if len(uses) != 1 or value.is_graph_output():
@@ -213,5 +214,5 @@ def activation_of(value: ir.Value) -> Activation:
         constant = ir.convenience.get_const_tensor(bound)
         if constant is None:
             return Activation()
-        bounds[place] = float(constant.numpy())
+        bounds[place] = constant.numpy().item()
     return Activation(*bounds)

@@ -53,7 +53,8 @@ def refit(
         plan: Forms and ranks.
         statistics: G of every layer.
         data: Samples; labels are not used.
-        memory: Bytes of activations to keep in memory, the rest goes to a temporary folder.
+        memory: Bytes to keep in memory: three quarters for activations, of which the rest goes to a temporary folder,
+            one for the columns of a layer, of which there are fewer where they would not fit.
         checkpoint: Folder of the layers solved so far, from which an interrupted refit goes on; removed at the end.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
@@ -144,7 +145,7 @@ def _encoded(weight: Array, spatial: bool, group: Samples) -> Samples:
 
     def encoded(block: Block) -> Block:
         codes = matrix @ block.inputs.reshape(inner, -1)
-        return dataclasses.replace(block, inputs=codes.reshape(-1, *block.inputs.shape[1:]))
+        return dataclasses.replace(block, inputs=codes.reshape(-1, block.inputs.shape[1]))
 
     return dataclasses.replace(
         group, fitted=[encoded(b) for b in group.fitted], held_out=[encoded(b) for b in group.held_out]

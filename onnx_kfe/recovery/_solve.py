@@ -10,7 +10,7 @@ import numpy as np
 import scipy.linalg
 
 from onnx_kfe.kfe import Array, above_rounding, symmetrize
-from onnx_kfe.recovery._samples import Block, Samples
+from onnx_kfe.recovery._samples import Activation, Block, Samples
 
 __all__ = ["InputMoments", "fit"]
 
@@ -69,11 +69,11 @@ def fit(
     change, bias_change = np.zeros_like(weight), np.zeros_like(bias)
     strength: float | None = None
     for _ in range(steps):
-        cross, lack = _lack(samples.fitted, weight + change, bias + bias_change, samples, inputs)
+        cross, lack = _lack(samples.fitted, samples.activation, weight + change, bias + bias_change, inputs)
         cross += change @ inputs.covariance
         lack += bias_change + change @ inputs.mean
         if strength is None:
-            test, _ = _lack(samples.held_out, weight, bias, samples, held_out)
+            test, _ = _lack(samples.held_out, samples.activation, weight, bias, held_out)
             strength = _choose(cross, inputs.covariance, test, held_out.covariance, output_factor)
         change = _ridge(cross, inputs.covariance, strength)
         bias_change = lack - change @ inputs.mean
@@ -81,7 +81,7 @@ def fit(
 
 
 def _lack(
-    blocks: Sequence[Block], weight: Array, bias: Array, samples: Samples, moments: InputMoments
+    blocks: Sequence[Block], activation: Activation, weight: Array, bias: Array, moments: InputMoments
 ) -> tuple[Array, Array]:
     """Covariance of what the outputs lack with the inputs, ``[o, i]``, and its mean ``[o]``."""
     single, offset = weight.astype(np.float32), bias.astype(np.float32)[:, None]
@@ -91,7 +91,7 @@ def _lack(
             given = single @ block.inputs + offset
             if block.beside is not None:
                 given += block.beside
-            yield samples.activation.reachable(block.wanted, given) - given, block.inputs
+            yield activation.reachable(block.wanted, given) - given, block.inputs
 
     product, total, columns = _sums(pairs())
     mean = total / columns

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import onnx_kfe as kfe
-from onnx_kfe.calibration import Dataset, input_specs, open_dataset
+from onnx_kfe.calibration import Dataset, batches, input_specs, open_dataset
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Network, open_network, serialize
 from onnx_kfe.planning import DENSE, Candidate, Plan, dense_cost, network_cost
 from onnx_kfe.recovery import _lockstep, refit, refusal
+from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.rewrite import apply_plan, write_chains
 from onnx_kfe.runtime import create_session
 from tests.cases import INPUT, load_case
@@ -211,3 +212,28 @@ def test_graphs_with_bodies_are_refused():
     reason = refusal(network, dataset(network, {"x": np.ones((4, 4, 6, 6), np.float32)}))
     assert reason is not None
     assert "If" in reason
+
+
+@pytest.mark.parametrize(
+    ("after", "bounds"),
+    [
+        ([node("Relu", ["h"], ["y"])], (0.0, np.inf)),
+        ([node("Clip", ["h", "low", "high"], ["y"])], (0.0, 6.0)),
+        ([node("Clip", ["h", "", "high"], ["y"])], (-np.inf, 6.0)),
+        ([node("Sigmoid", ["h"], ["y"])], (-np.inf, np.inf)),
+        ([node("Relu", ["h"], ["r"]), node("Add", ["r", "h"], ["y"])], (-np.inf, np.inf)),
+    ],
+)
+def test_the_activation_is_what_alone_reads_the_output(after, bounds: tuple[float, float]):
+    arrays = {"w": weights(8, 4, 1, 1), "low": np.array(0, np.float32), "high": np.array(6, np.float32)}
+    model = tiny(
+        [node("Conv", ["x", "w"], ["h"], "conv"), *after], {"x": ["n", 4, 6, 6]}, {"y": ["n", 8, 6, 6]}, arrays
+    )
+    network = open_network(model)
+    x = np.random.default_rng(0).standard_normal((8, 4, 6, 6)).astype(np.float32)
+    with Activations(2**30) as kept:
+        models = _lockstep.Lockstep(network, network.prunable, kept, 2**26, (), None)
+        models.take(batches(dataset(network, {"x": x}), 8, input_specs(network.model)), True)
+        (samples,) = models.samples(network.prunable[0])
+    assert (samples.activation.low, samples.activation.high) == bounds
+    assert sum(block.inputs.shape[1] for block in (*samples.fitted, *samples.held_out)) > 8
