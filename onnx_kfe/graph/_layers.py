@@ -29,8 +29,10 @@ class Geometry:
         kernel: Spatial extent of the kernel; empty for Gemm and MatMul.
         strides: One stride for each spatial axis.
         groups: Groups of a convolution; 1 otherwise.
-        positions: Output positions T of one sample (spatial extent; leading axes but the batch).
-        input_positions: Input positions of one sample.
+        output_size: Spatial extent of the output; empty for Gemm and MatMul. Of a ConvTranspose that of the input,
+            where every position meets every tap.
+        input_size: Spatial extent of the input.
+        repeats: How often the layer runs for one sample: leading axes but the batch.
     """
 
     in_channels: int
@@ -38,8 +40,14 @@ class Geometry:
     kernel: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
     groups: int = 1
-    positions: int = 1
-    input_positions: int = 1
+    output_size: tuple[int, ...] = ()
+    input_size: tuple[int, ...] = ()
+    repeats: int = 1
+
+    @property
+    def positions(self) -> int:
+        """Output positions T of one sample."""
+        return self.repeats * math.prod(self.output_size)
 
     @property
     def taps(self) -> int:
@@ -213,15 +221,9 @@ def _geometry(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], batch: int) 
         inputs = x[0] if node.op_type == "Gemm" and _int(node, "transA", 0) else x[-1]
         outputs = w[0] if node.op_type == "Gemm" and _int(node, "transB", 0) else (w[-1] if len(w) > 1 else 1)
     strides = _ints(node, "strides", (1,) * len(kernel))
-    before, after = (_positions(shape, channels, batch) for shape, channels in ((x, inputs), (y, outputs)))
-    if node.op_type == "ConvTranspose":  # every input position meets every tap, so those are the positions that count
-        after = before
-    return Geometry(inputs, outputs, kernel, strides, groups, after, before)
-
-
-def _positions(shape: tuple[int, ...], channels: int, batch: int) -> int:
-    total = math.prod(shape) // max(channels, 1)
-    return total // batch if total % batch == 0 else total
+    sizes = (x[2:] if node.op_type == "ConvTranspose" else y[2:], x[2:]) if kernel else ((), ())
+    total = math.prod(y) // max(outputs * math.prod(y[2:] if kernel else ()), 1)
+    return Geometry(inputs, outputs, kernel, strides, groups, *sizes, total // batch if total % batch == 0 else total)
 
 
 def count_macs(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> int:

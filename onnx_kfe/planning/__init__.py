@@ -2,7 +2,8 @@
 
 from onnx_kfe.planning._allocation import DENSE, Candidate, allocate, candidates, frontier
 from onnx_kfe.planning._budget import Budget, Macs, Params
-from onnx_kfe.planning._forms import FORMS, Cost, Form, Stage, compose, dense_cost, rank_grid
+from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost, compose, dense_cost, dense_link, sized
+from onnx_kfe.planning._forms import FORMS, Form, rank_grid
 from onnx_kfe.planning._plan import DEFAULT_ROUND_TO, Plan, Planner, make_plan, network_cost, plan_from_weights
 from onnx_kfe.planning._problem import GroupProblem, LayerProblem
 from onnx_kfe.planning._search import Attempt, meets, search
@@ -18,6 +19,7 @@ __all__ = [
     "Form",
     "GroupProblem",
     "LayerProblem",
+    "Link",
     "Macs",
     "Params",
     "Plan",
@@ -25,8 +27,10 @@ __all__ = [
     "Stage",
     "allocate",
     "candidates",
+    "chain_cost",
     "compose",
     "dense_cost",
+    "dense_link",
     "frontier",
     "make_plan",
     "meets",
@@ -34,4 +38,5 @@ __all__ = [
     "plan_from_weights",
     "rank_grid",
     "search",
+    "sized",
 ]

@@ -16,7 +16,8 @@ from scipy.sparse import csr_array
 from onnx_kfe.errors import BudgetError, KfeError
 from onnx_kfe.kfe import Array
 from onnx_kfe.planning._budget import Budget, describe
-from onnx_kfe.planning._forms import FORMS, Cost, dense_cost
+from onnx_kfe.planning._chain import Cost, dense_cost
+from onnx_kfe.planning._forms import FORMS
 from onnx_kfe.planning._problem import LayerProblem
 
 __all__ = ["DENSE", "Candidate", "allocate", "candidates", "frontier"]

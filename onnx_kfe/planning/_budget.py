@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from onnx_kfe.errors import UsageError
-from onnx_kfe.planning._forms import Cost
+from onnx_kfe.planning._chain import Cost
 
 __all__ = ["Budget", "Macs", "Params", "describe"]
 

@@ -1,63 +1,23 @@
-"""Forms: the small structures that can stand in place of a layer. One class, one registration.
-
-A form writes a layer as a chain of stages. Exactly one stage is *spatial*: it carries the layer's kernel, strides, pads
-and dilations; the others are 1x1. The bias goes on the last stage, where zero padding cannot meet it.
-"""
+"""Forms: the small structures that can stand in place of a layer. One class, one registration."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from onnx_kfe.errors import UsageError
 from onnx_kfe.graph import Geometry
 from onnx_kfe.kfe import Array, InputSubspace, TwoFactor, refine_subspace
+from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost
 from onnx_kfe.planning._problem import GroupProblem, LayerProblem
 
-__all__ = ["FORMS", "Cost", "Form", "Stage", "compose", "dense_cost", "rank_grid"]
+__all__ = ["FORMS", "Form", "rank_grid"]
 
 _SMALLEST_UNIT = 4
 _MOST_INPUT_RANKS = 16  # each costs an eigendecomposition, and as many candidates as there are output ranks
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a form costs for one sample.
-
-    Attributes:
-        macs: Multiply-accumulates.
-        parameters: Elements of its weights, biases not counted.
-    """
-
-    macs: int
-    parameters: int
-
-    def saves(self, other: Cost) -> bool:
-        """Whether it is cheaper in one respect and dearer in none."""
-        no_dearer = self.macs <= other.macs and self.parameters <= other.parameters
-        return no_dearer and (self.macs < other.macs or self.parameters < other.parameters)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A link of a chain.
-
-    Attributes:
-        weight: ``[groups, out/groups, in/groups, *kernel]``; kernel dimensions only where `spatial`.
-        spatial: Whether it carries the layer's kernel, strides, pads and dilations.
-    """
-
-    weight: Array
-    spatial: bool
-
-
-def dense_cost(geometry: Geometry) -> Cost:
-    """Cost of the layer as it is."""
-    return Cost(geometry.macs, geometry.weight_parameters)
 
 
 def rank_grid(limit: int, round_to: int) -> list[int]:
@@ -84,8 +44,12 @@ class Form(ABC):
         """Largest value of each rank, given the `ranks` before it; empty where the form does not apply to the layer."""
 
     @abstractmethod
+    def links(self, geometry: Geometry, ranks: Sequence[int]) -> list[Link]:
+        """The shapes of the chain at the given ranks."""
+
     def cost(self, geometry: Geometry, ranks: Sequence[int]) -> Cost:
         """Cost at the given ranks."""
+        return chain_cost(geometry, self.links(geometry, ranks))
 
     @abstractmethod
     def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
@@ -107,9 +71,10 @@ class OutputLowRank(Form):
         applies = (geometry.taps == 1) == self._pointwise
         return (min(geometry.patch_size, geometry.out_channels // geometry.groups),) if applies else ()
 
-    def cost(self, geometry: Geometry, ranks: Sequence[int]) -> Cost:
-        parameters = ranks[0] * (geometry.groups * geometry.patch_size + geometry.out_channels)
-        return Cost(geometry.positions * parameters, parameters)
+    def links(self, geometry: Geometry, ranks: Sequence[int]) -> list[Link]:
+        codes = geometry.groups * ranks[0]
+        first = Link(geometry.in_channels, codes, geometry.groups, _all_axes(geometry))
+        return [first, Link(codes, geometry.out_channels, geometry.groups)]
 
     def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
         total = sum(group.factors.losses for group in problem.groups)
@@ -120,7 +85,7 @@ class OutputLowRank(Form):
         pairs = [group.factors.truncated(ranks[0]) for group in problem.groups]
         kernel = problem.weight.shape[2:]
         first = np.stack([right.reshape(ranks[0], *kernel) for _, right in pairs])
-        return [Stage(first, True), Stage(np.stack([left for left, _ in pairs]), False)]
+        return [Stage(first, _all_axes(problem.geometry)), Stage(np.stack([left for left, _ in pairs]))]
 
 
 class InputLowRank(Form):
@@ -131,10 +96,10 @@ class InputLowRank(Form):
     def limits(self, geometry: Geometry, ranks: Sequence[int] = ()) -> tuple[int, ...]:
         return (geometry.in_channels // geometry.groups,) if geometry.taps > 1 else ()
 
-    def cost(self, geometry: Geometry, ranks: Sequence[int]) -> Cost:
-        encoder = geometry.in_channels * ranks[0]
-        core = geometry.out_channels * ranks[0] * geometry.taps
-        return Cost(geometry.input_positions * encoder + geometry.positions * core, encoder + core)
+    def links(self, geometry: Geometry, ranks: Sequence[int]) -> list[Link]:
+        codes = geometry.groups * ranks[0]
+        encoder = Link(geometry.in_channels, codes, geometry.groups)
+        return [encoder, Link(codes, geometry.out_channels, geometry.groups, _all_axes(geometry))]
 
     def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
         ranks = _input_ranks(self, problem.geometry, round_to)
@@ -145,7 +110,7 @@ class InputLowRank(Form):
         refined = [_refined(group, ranks[0], len(group.weight))[0] for group in problem.groups]
         balanced = [_balance(subspace.encoder, subspace.core) for subspace in refined]
         encoders, cores = zip(*balanced, strict=True)
-        return [Stage(np.stack(encoders), False), Stage(np.stack(cores), True)]
+        return [Stage(np.stack(encoders)), Stage(np.stack(cores), _all_axes(problem.geometry))]
 
 
 class TuckerChain(Form):
@@ -160,10 +125,11 @@ class TuckerChain(Form):
         seen = (ranks[0] if ranks else inside) * geometry.taps  # inputs of the core
         return (inside, min(seen, geometry.out_channels // geometry.groups))
 
-    def cost(self, geometry: Geometry, ranks: Sequence[int]) -> Cost:
-        encoder = geometry.in_channels * ranks[0]
-        rest = geometry.groups * ranks[0] * ranks[1] * geometry.taps + geometry.out_channels * ranks[1]
-        return Cost(geometry.input_positions * encoder + geometry.positions * rest, encoder + rest)
+    def links(self, geometry: Geometry, ranks: Sequence[int]) -> list[Link]:
+        inside, outside = (geometry.groups * rank for rank in ranks)
+        encoder = Link(geometry.in_channels, inside, geometry.groups)
+        core = Link(inside, outside, geometry.groups, _all_axes(geometry))
+        return [encoder, core, Link(outside, geometry.out_channels, geometry.groups)]
 
     def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
         outputs = rank_grid(self.limits(problem.geometry)[1], round_to)
@@ -182,7 +148,8 @@ class TuckerChain(Form):
             encoders.append(encoder)
             cores.append(core)
             decoders.append(left)
-        return [Stage(np.stack(encoders), False), Stage(np.stack(cores), True), Stage(np.stack(decoders), False)]
+        core_stage = Stage(np.stack(cores), _all_axes(problem.geometry))
+        return [Stage(np.stack(encoders)), core_stage, Stage(np.stack(decoders))]
 
 
 FORMS: dict[str, Form] = {
@@ -196,19 +163,8 @@ FORMS: dict[str, Form] = {
 }
 
 
-def compose(stages: Sequence[Stage]) -> Array:
-    """The weight ``[groups, o, c, *kernel]`` that a chain amounts to, borders aside exactly."""
-    product, *rest = (stage.weight for stage in stages)
-    for weight in rest:
-        flat = product.reshape(*product.shape[:2], -1)
-        if weight.ndim == 3:  # pointwise after anything: [g, o, r] @ [g, r, c * taps]
-            product = (weight @ flat).reshape(*weight.shape[:2], *product.shape[2:])
-        else:  # spatial after pointwise: [g, o, r, *kernel] with [g, r, c]
-            kernel = weight.shape[3:]
-            taps = weight.reshape(*weight.shape[:3], -1)
-            product = np.einsum("gort,grc->goct", taps, product, optimize=True)
-            product = product.reshape(*product.shape[:3], *kernel)
-    return product
+def _all_axes(geometry: Geometry) -> tuple[int, ...]:
+    return tuple(range(len(geometry.kernel)))
 
 
 def _input_ranks(form: Form, geometry: Geometry, round_to: int) -> list[int]:

@@ -16,7 +16,8 @@ from onnx_kfe.graph import Layer, Network, count_parameters, replace_whole
 from onnx_kfe.kfe import Array
 from onnx_kfe.planning._allocation import DENSE, Candidate, allocate, candidates, frontier
 from onnx_kfe.planning._budget import Budget, describe
-from onnx_kfe.planning._forms import FORMS, Cost, dense_cost
+from onnx_kfe.planning._chain import Cost, dense_cost
+from onnx_kfe.planning._forms import FORMS
 from onnx_kfe.planning._problem import LayerProblem
 
 __all__ = ["DEFAULT_ROUND_TO", "Plan", "Planner", "make_plan", "network_cost", "plan_from_weights"]

@@ -46,8 +46,7 @@ class Checkpoint:
             return None
         if metadata.get("key") != self._key:
             return None
-        spatial = json.loads(metadata["spatial"])
-        stages = [Stage(tensors[str(place)], flag) for place, flag in enumerate(spatial)]
+        stages = [Stage(tensors[str(n)], tuple(axes)) for n, axes in enumerate(json.loads(metadata["axes"]))]
         return Chain(layer, metadata["form"], stages, tensors["bias"])
 
     def save(self, chain: Chain) -> None:
@@ -57,8 +56,8 @@ class Checkpoint:
             return
         path.parent.mkdir(exist_ok=True)
         tensors = {str(place): np.ascontiguousarray(stage.weight) for place, stage in enumerate(chain.stages)}
-        spatial = json.dumps([stage.spatial for stage in chain.stages])
-        metadata = {"key": self._key, "form": chain.form, "spatial": spatial}
+        axes = json.dumps([stage.axes for stage in chain.stages])
+        metadata = {"key": self._key, "form": chain.form, "axes": axes}
         replace_whole(path, safetensors.numpy.save({**tensors, "bias": chain.bias}, metadata))
 
     def remove(self) -> None:

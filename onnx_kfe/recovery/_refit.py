@@ -110,15 +110,15 @@ def _refitted(layer: Layer, choice: Candidate, old: LayerStatistics, samples: Se
     moments = [_moments(group) for group in samples]
     weight, bias = _fit(layer.weight(), bias, samples, moments, old.output_factor, _DENSE_STEPS)
     if choice.form == DENSE:
-        return Chain(layer, DENSE, [Stage(weight, layer.op_type == "Conv")], bias)
+        return Chain(layer, DENSE, [Stage(weight, tuple(range(len(layer.geometry.kernel))))], bias)
     means, covariances = zip(*(_pooled(*parts) for parts in moments), strict=True)
     problem = LayerProblem(layer, _with_inputs(old, np.stack(means), np.stack(covariances)), weight, bias)
     *encoder, decoder = stages = FORMS[choice.form].stages(problem, choice.ranks)
-    codes = [_encoded(compose(encoder)[place], decoder.spatial, group) for place, group in enumerate(samples)]
+    codes = [_encoded(weight, group) for weight, group in zip(compose(encoder), samples, strict=True)]
     moments = [_moments(group) for group in codes]
     bias = problem.bias(compose(stages))
     weight, bias = _fit(decoder.weight, bias, codes, moments, old.output_factor, _CODE_STEPS)
-    return Chain(layer, choice.form, [*encoder, Stage(weight, decoder.spatial)], bias)
+    return Chain(layer, choice.form, [*encoder, Stage(weight, decoder.axes)], bias)
 
 
 def _moments(group: Samples) -> tuple[InputMoments, InputMoments]:
@@ -138,10 +138,10 @@ def _with_inputs(old: LayerStatistics, mean: Array, covariance: Array) -> LayerS
     return dataclasses.replace(old, input_second_moment=old.positions * second, input_sum=old.positions * mean)
 
 
-def _encoded(weight: Array, spatial: bool, group: Samples) -> Samples:
-    """The samples behind all stages but the last, which takes patches of them where it is spatial."""
-    inner = len(weight[0]) if spatial else weight[0].size
-    matrix = weight.reshape(-1, inner).astype(np.float32)
+def _encoded(weight: Array, group: Samples) -> Samples:
+    """The samples behind all stages but the last, which takes patches of them along the axes that it carries."""
+    matrix = weight.reshape(len(weight), -1).astype(np.float32)
+    inner = matrix.shape[1]
 
     def encoded(block: Block) -> Block:
         codes = matrix @ block.inputs.reshape(inner, -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from onnx_kfe.planning import Stage
 
 __all__ = ["Chain", "FactorizePass"]
 
-_GEOMETRY = ("strides", "pads", "dilations", "auto_pad")
+_CHANNELS = 1  # the axis of them in what a convolution reads
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Chain:
 class FactorizePass(InPlacePass):
     """Write each chain in place of its layer: standard operators, the model's own dtype, names from the layer's.
 
-    The spatial stage carries kernel, strides, pads and dilations; the bias goes on the last stage, so that an
-    activation behind the layer still fuses with it. The initializers of the layer stay where another node reads them.
+    A stage has kernel, strides, pads and dilations of the axes that it carries; the bias goes on the last stage, so
+    that an activation behind the layer still fuses with it. The initializers of the layer stay where another node reads
+    them.
 
     Args:
         chains: What becomes of which layer, by layer name.
@@ -91,7 +92,7 @@ class _Writer:
         nodes: list[ir.Node] = []
         for place, stage in enumerate(self.chain.stages):
             last = place == len(self.chain.stages) - 1
-            inputs = [value, self._constant(f"{self.stem}/{self.chain.form}_{place}", self._layout(stage))]
+            inputs = [value, self._weight(stage, f"{self.stem}/{self.chain.form}_{place}")]
             if last and node.op_type != "MatMul" and np.any(bias):
                 inputs.append(self._constant(f"{self.stem}/bias", bias))
             nodes.append(write(inputs, stage, self._unique(f"{node.name}/{self.chain.form}_{place}")))
@@ -106,23 +107,45 @@ class _Writer:
         for constant in old:
             self._drop_unused(constant)
 
-    def _layout(self, stage: Stage) -> Array:
+    def _weight(self, stage: Stage, name: str) -> ir.Value:
         """The weight as the node stores it: Gemm in the orientation it had."""
+        if stage.reorders:
+            return self._constant(name, stage.weight, ir.DataType.INT64)
         if self.node.op_type != "Conv":
-            return stage.weight[0] if self._transposed() else stage.weight[0].T
+            return self._constant(name, stage.weight[0] if self._transposed() else stage.weight[0].T)
         groups, out, inside = stage.weight.shape[:3]
-        kernel = stage.weight.shape[3:] if stage.spatial else (1,) * (self.node.inputs[1].shape.rank() - 2)  # type: ignore[union-attr]
-        return stage.weight.reshape(groups * out, inside, *kernel)
+        carried = iter(stage.weight.shape[3:])
+        kernel = [next(carried) if axis in stage.axes else 1 for axis in range(self._dimensions())]
+        return self._constant(name, stage.weight.reshape(groups * out, inside, *kernel))
+
+    def _dimensions(self) -> int:
+        """Spatial dimensions of a convolution."""
+        shape = self.node.inputs[1].shape  # type: ignore[union-attr]
+        assert shape is not None
+        return shape.rank() - 2
 
     def _transposed(self) -> bool:
         return self.node.attributes.get_int("transB", 0) == 1
 
     def _convolution(self, inputs: Sequence[ir.Value], stage: Stage, name: str) -> ir.Node:
+        if stage.reorders:
+            return ir.Node("", "Gather", inputs, [ir.AttrInt64("axis", _CHANNELS)], name=name)
         kernel = inputs[1].shape.numpy()[2:]  # type: ignore[union-attr]
         attributes = [ir.AttrInt64("group", len(stage.weight)), ir.AttrInt64s("kernel_shape", kernel)]
-        if stage.spatial:
-            attributes += [self.node.attributes[key] for key in _GEOMETRY if key in self.node.attributes]
+        if stage.axes:
+            attributes += self._carried(stage.axes)
         return ir.Node("", "Conv", inputs, attributes, name=name)
+
+    def _carried(self, axes: Sequence[int]) -> Iterator[ir.Attr]:
+        """Strides, pads and dilations of the axes that a stage carries, nothing of the others."""
+        dimensions = self._dimensions()
+        for name, nothing in (("strides", 1), ("dilations", 1), ("pads", 0)):
+            if name in self.node.attributes:
+                values = self.node.attributes[name].as_ints()
+                own = [value if place % dimensions in axes else nothing for place, value in enumerate(values)]
+                yield ir.AttrInt64s(name, own)
+        if "auto_pad" in self.node.attributes:
+            yield self.node.attributes["auto_pad"]
 
     def _product(self, inputs: Sequence[ir.Value], stage: Stage, name: str) -> ir.Node:
         transposed = [ir.AttrInt64("transB", 1)] if self._transposed() else []
@@ -145,10 +168,10 @@ class _Writer:
         self._drop_unused(addend)
         return True
 
-    def _constant(self, name: str, array: Array) -> ir.Value:
-        name = self._unique(name)
-        tensor = ir.tensor(np.ascontiguousarray(array, self.dtype.numpy()), dtype=self.dtype, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(self.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    def _constant(self, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
+        name, dtype = self._unique(name), dtype or self.dtype
+        tensor = ir.tensor(np.ascontiguousarray(array, dtype.numpy()), dtype=dtype, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 

@@ -35,26 +35,34 @@ def convolution(weight: tuple[int, ...], shape: Shape, kind: str = "Conv", **att
 
 BY_HAND = [
     # 8 x 6 x 3 x 3 at 10 x 12 positions
-    (convolution((8, 6, 3, 3), ["n", 6, 10, 12], pads=[1] * 4), Geometry(6, 8, (3, 3), (1, 1), 1, 120, 120), 51840),
+    (
+        convolution((8, 6, 3, 3), ["n", 6, 10, 12], pads=[1] * 4),
+        Geometry(6, 8, (3, 3), (1, 1), 1, (10, 12), (10, 12)),
+        51840,
+    ),
     # floor((11 - 3) / 2) + 1 = 5, floor((12 - 3) / 2) + 1 = 5
-    (convolution((8, 6, 3, 3), ["n", 6, 11, 12], strides=[2, 2]), Geometry(6, 8, (3, 3), (2, 2), 1, 25, 132), 10800),
+    (
+        convolution((8, 6, 3, 3), ["n", 6, 11, 12], strides=[2, 2]),
+        Geometry(6, 8, (3, 3), (2, 2), 1, (5, 5), (11, 12)),
+        10800,
+    ),
     # reach 2 * (3 - 1) + 1 = 5: 10 + 1 + 2 - 5 + 1 = 9, 10 - 3 + 1 = 8
     (
         convolution((4, 2, 3, 3), ["n", 2, 10, 10], pads=[1, 0, 2, 0], dilations=[2, 1]),
-        Geometry(2, 4, (3, 3), (1, 1), 1, 72, 100),
+        Geometry(2, 4, (3, 3), (1, 1), 1, (9, 8), (10, 10)),
         5184,
     ),
-    (convolution((8, 3, 1, 3), ["n", 6, 5, 5], group=2), Geometry(6, 8, (1, 3), (1, 1), 2, 15, 25), 1080),
-    (convolution((6, 1, 3, 3), ["n", 6, 5, 5], group=6), Geometry(6, 6, (3, 3), (1, 1), 6, 9, 25), 486),
-    (convolution((8, 4, 5), ["n", 4, 20], strides=[3], pads=[2, 2]), Geometry(4, 8, (5,), (3,), 1, 7, 20), 1120),
+    (convolution((8, 3, 1, 3), ["n", 6, 5, 5], group=2), Geometry(6, 8, (1, 3), (1, 1), 2, (5, 3), (5, 5)), 1080),
+    (convolution((6, 1, 3, 3), ["n", 6, 5, 5], group=6), Geometry(6, 6, (3, 3), (1, 1), 6, (3, 3), (5, 5)), 486),
+    (convolution((8, 4, 5), ["n", 4, 20], strides=[3], pads=[2, 2]), Geometry(4, 8, (5,), (3,), 1, (7,), (20,)), 1120),
     (
         convolution((6, 4, 2, 2), ["n", 6, 5, 5], "ConvTranspose", strides=[2, 2]),
-        Geometry(6, 4, (2, 2), (2, 2), 1, 25, 25),
+        Geometry(6, 4, (2, 2), (2, 2), 1, (5, 5), (5, 5)),
         2400,
     ),
     (
         convolution((6, 2, 4, 4), ["n", 6, 5, 5], "ConvTranspose", group=3, strides=[2, 2]),
-        Geometry(6, 6, (4, 4), (2, 2), 3, 25, 25),
+        Geometry(6, 6, (4, 4), (2, 2), 3, (5, 5), (5, 5)),
         4800,
     ),
 ]
@@ -87,7 +95,7 @@ def product(x: Shape, w: tuple[int, ...], y: Shape, kind: str = "MatMul", **attr
 )
 def test_products_by_hand(model, positions):
     layer = only_layer(model)
-    assert layer.geometry == Geometry(6, 8, positions=positions, input_positions=positions)
+    assert layer.geometry == Geometry(6, 8, repeats=positions)
     assert layer.macs == positions * 48
     assert layer.parameters == 48
     assert layer.prunable
@@ -151,7 +159,7 @@ def test_shapes_that_arithmetic_in_the_graph_decides_are_found():
         {"w": weights(4, 5)} | {name: np.array(value) for name, value in integers.items()},
     )  # fmt: skip
     assert concrete_shapes(load(model), {"x": (6, 8)})["r"] == (12, 4)
-    assert only_layer(model).geometry == Geometry(4, 5, positions=2, input_positions=2)
+    assert only_layer(model).geometry == Geometry(4, 5, repeats=2)
 
 
 def _reason_of(nodes: list[onnx.NodeProto], arrays: dict[str, np.ndarray], **options: object) -> list[str | None]:

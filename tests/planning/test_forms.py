@@ -59,9 +59,9 @@ def test_losses_are_those_of_the_weights_written(form, name):
         else:  # writing refines the subspaces, which planning does not
             assert actual <= predicted * (1 + 1e-6)
             assert actual > 0.5 * predicted
-        spatial = [stage.spatial for stage in stages]
-        assert sum(spatial) == 1
-        assert all(stage.weight.ndim == 3 for stage in stages if not stage.spatial)
+        carried = sorted(axis for stage in stages for axis in stage.axes)
+        assert carried == list(range(len(problem.geometry.kernel)))
+        assert all(stage.weight.ndim == 3 + len(stage.axes) for stage in stages if not stage.reorders)
 
 
 @pytest.mark.parametrize(("form", "name"), APPLYING)
@@ -107,7 +107,7 @@ def test_cost_is_what_the_written_graph_costs(form, name):
 
 def test_ranks_by_hand():
     """Of a 3x3 layer from 6 to 8 channels with stride 2 on 10 x 10: the first 1x1 runs at the input resolution."""
-    geometry = Geometry(6, 8, (3, 3), (2, 2), 1, 25, 100)
+    geometry = Geometry(6, 8, (3, 3), (2, 2), 1, (5, 5), (10, 10))
     assert FORMS["output_low_rank"].cost(geometry, (4,)) == Cost(25 * (4 * 54 + 8 * 4), 4 * 54 + 8 * 4)
     assert FORMS["input_low_rank"].cost(geometry, (3,)) == Cost(100 * 18 + 25 * 8 * 27, 18 + 8 * 27)
     assert FORMS["tucker"].cost(geometry, (3, 5)) == Cost(100 * 18 + 25 * (5 * 27 + 40), 18 + 5 * 27 + 40)
@@ -115,7 +115,7 @@ def test_ranks_by_hand():
     assert FORMS["output_low_rank"].limits(geometry) == (8,)
     assert FORMS["input_low_rank"].limits(geometry) == (6,)
     assert FORMS["tucker"].limits(geometry) == (6, 8)
-    narrow = Geometry(2, 16, (1, 3), (1, 1), 1, 25, 25)
+    narrow = Geometry(2, 16, (1, 3), (1, 1), 1, (5, 5), (5, 5))
     assert FORMS["tucker"].limits(narrow) == (2, 6)  # the core has 2 x 3 inputs
     assert FORMS["tucker"].limits(narrow, (1, 4)) == (2, 3)
 
