@@ -17,14 +17,16 @@ from onnx_kfe.calibration import ImageOptions, Statistics, merge
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.exporting import export
 from onnx_kfe.pipeline import benchmark, collect, evaluate, inspect, plan, prune
-from onnx_kfe.planning import Macs, Params, Plan
+from onnx_kfe.planning import Latency, Macs, Milliseconds, Params, Plan
 from onnx_kfe.result import Result
 
 __all__ = [
     "BudgetError",
     "ImageOptions",
     "KfeError",
+    "Latency",
     "Macs",
+    "Milliseconds",
     "Params",
     "Plan",
     "Result",

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import onnx_ir as ir
 
@@ -29,7 +29,21 @@ from onnx_kfe.evaluation import HeadSpec, Quality, Timing
 from onnx_kfe.graph import ModelSource, Network, load, open_network, serialize
 from onnx_kfe.progress import Progress
 
-__all__ = ["benchmark", "evaluate", "head_specs", "measure_latency", "measure_quality", "note_skipped"]
+__all__ = ["Machine", "benchmark", "evaluate", "head_specs", "measure_latency", "measure_quality", "note_skipped"]
+
+
+class Machine(NamedTuple):
+    """What ONNX Runtime runs on.
+
+    Attributes:
+        providers: Execution providers, CPU when empty.
+        threads: Intra-operator threads, all cores when None.
+        batch: Samples of a run whose latency counts.
+    """
+
+    providers: Sequence[str] = ()
+    threads: int | None = None
+    batch: int = 1
 
 
 def evaluate(
@@ -131,28 +145,28 @@ def measure_quality(
     smaller: ir.Model,
     dataset: Dataset,
     heads: Sequence[HeadSpec],
-    providers: Sequence[str],
-    threads: int | None,
+    machine: Machine,
     progress: Progress,
 ) -> Quality:
     """Quality of a smaller model against the original."""
     models = serialize(smaller), serialize(network.original)
-    return _evaluate(*models, network, dataset, heads, providers, threads, progress)
+    return _evaluate(*models, network, dataset, heads, machine.providers, machine.threads, progress)
 
 
 def measure_latency(
     network: Network,
     smaller: ir.Model,
     dataset: Dataset,
-    providers: Sequence[str],
-    threads: int | None,
+    machine: Machine,
     progress: Progress,
 ) -> list[Timing]:
-    """Timings of the original and of a smaller model on one sample of the data."""
+    """Timings of the original and of a smaller model on samples of the data."""
     models = {"original": serialize(network.original), "pruned": serialize(smaller)}
-    batch = _first_batch(dataset, input_specs(network.model))
+    batch = _first_batch(dataset, input_specs(network.model), machine.batch)
     with progress.stage("measuring latency"):
-        return evaluation.benchmark(models, batch.feeds, batch=len(batch), providers=providers, threads=threads)
+        return evaluation.benchmark(
+            models, batch.feeds, batch=len(batch), providers=machine.providers, threads=machine.threads
+        )
 
 
 def head_specs(heads: Sequence[calibration.Head], *, scaled: bool = False) -> list[HeadSpec]:

@@ -17,7 +17,7 @@ from onnx_kfe.errors import UsageError
 from onnx_kfe.evaluation import METRICS
 from onnx_kfe.graph import Network, open_network
 from onnx_kfe.pipeline import DEFAULT_SAMPLES
-from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Macs, Params
+from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Latency, Macs, Milliseconds, Params
 
 __all__ = [
     "DEFAULT_MEMORY",
@@ -58,6 +58,7 @@ _SHAPE_HELP = "name:1,3,224,224 for free axes; repeatable."
 _HEAD_HELP = "NAME=KIND of an output: categorical, bernoulli, gaussian, none."
 _DROP_HELP = "Find the smallest model that is no more than this worse, instead of a budget."
 _METRIC_HELP = f"What --max-drop is measured in: {', '.join(METRICS)}."
+_ROUND_HELP = f"Ranks are multiples of this, less in small layers: {DEFAULT_ROUND_TO}, or as measured for a latency."
 _PRESET_HELP = "Image preprocessing by name, e.g. imagenet, unit, raw."
 
 
@@ -81,14 +82,17 @@ class Budgets:
 
     macs: Annotated[float | None, typer.Option("--macs", help="MACs to keep: a fraction, or a number.")] = None
     params: Annotated[float | None, typer.Option("--params", help="Parameters to keep: a fraction or number.")] = None
-    round_to: Annotated[int, typer.Option(min=1, help="Ranks are multiples of this, less in small layers.")] = (
-        DEFAULT_ROUND_TO
-    )
+    latency: Annotated[float | None, typer.Option("--latency", help="Fraction of the latency to keep.")] = None
+    latency_ms: Annotated[float | None, typer.Option("--latency-ms", help="Latency in milliseconds.")] = None
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a run whose latency counts.")] = 1
+    round_to: Annotated[int | None, typer.Option(min=1, help=_ROUND_HELP)] = None
 
     @property
     def given(self) -> list[Budget]:
         """The budgets that were given."""
-        amounts = ((Macs, self.macs), (Params, self.params))
+        amounts: tuple[tuple[type[Budget], float | None], ...] = (
+            (Macs, self.macs), (Params, self.params), (Latency, self.latency), (Milliseconds, self.latency_ms)
+        )  # fmt: skip
         return [budget(amount) for budget, amount in amounts if amount is not None]
 
 

@@ -10,31 +10,25 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from onnx_kfe import calibration, planning, recovery
+from onnx_kfe import calibration, recovery
 from onnx_kfe._floor import Judge
-from onnx_kfe._measure import head_specs, measure_latency, measure_quality, note_skipped
+from onnx_kfe._latency_goal import Lap, Stadium, meet
+from onnx_kfe._measure import Machine, head_specs, measure_latency, measure_quality, note_skipped
 from onnx_kfe.calibration import Dataset, Statistics, fixed_batch, input_specs, synthetic_dataset
 from onnx_kfe.errors import KfeError
 from onnx_kfe.evaluation import Quality
 from onnx_kfe.graph import ModelSource, Network
-from onnx_kfe.planning import Budget, Macs, Plan, Planner
+from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Latency, Macs, Plan, Planner
 from onnx_kfe.progress import Progress, StagesOnly
 from onnx_kfe.result import Result
 from onnx_kfe.rewrite import solve_plan, write_chains
 
-__all__ = ["DEFAULT_BUDGET", "Machine", "Pruning", "Recovery", "Samples", "at_seen_shapes", "collect", "divide"]
+__all__ = ["DEFAULT_BUDGET", "Pruning", "Recovery", "Samples", "at_seen_shapes", "collect", "divide", "make_plan"]
 
 DEFAULT_BUDGET = Macs(0.75)
 _HELD_BACK = 0.2
 _MOST_HELD_BACK = 256
 _SYNTHETIC_SAMPLES = 16
-
-
-class Machine(NamedTuple):
-    """What ONNX Runtime runs on: execution providers, CPU when empty, and threads, all cores when None."""
-
-    providers: Sequence[str]
-    threads: int | None
 
 
 class Recovery(NamedTuple):
@@ -112,16 +106,22 @@ class Pruning:
             if shortage := _shortage(self.network, self.statistics):
                 self.progress.note(shortage)
 
-    def smaller(self, plan: Plan | Budget | Sequence[Budget] | None, round_to: int) -> Result:
+    def smaller(self, plan: Plan | Budget | Sequence[Budget] | None, round_to: int | None) -> Result:
         """The model of a plan, or of the plan for a budget."""
-        chosen = plan if isinstance(plan, Plan) else self._plan(plan, round_to)
-        model, losses = self._rewritten(chosen, self.progress, self.recovery.checkpoint)
-        return Result(self.network, model, chosen, losses, self.statistics, source=self.source)
+        laps: list[Lap] = []
+        if not isinstance(plan, Plan):
+            default = () if self.statistics is None else (DEFAULT_BUDGET,)
+            budgets = [plan] if isinstance(plan, Budget) else list(plan or default)
+            plan, laps = make_plan(
+                self.network, self.statistics, budgets, self.machine, self.progress, round_to=round_to
+            )  # fmt: skip
+        model, losses = self._rewritten(plan, self.progress, self.recovery.checkpoint)
+        return Result(self.network, model, plan, losses, self.statistics, source=self.source, laps=laps)
 
-    def smallest(self, judge: Judge, round_to: int) -> Result:
+    def smallest(self, judge: Judge, round_to: int | None) -> Result:
         """The smallest model above a quality floor."""
         assert self.statistics is not None
-        planner = Planner(self.network, self.statistics, round_to=round_to)
+        planner = Planner(self.network, self.statistics, round_to=round_to or DEFAULT_ROUND_TO)
         quiet = StagesOnly(self.progress)
         chosen, (model, losses), floor = judge.smallest(
             self.network, planner, lambda plan: self._rewritten(plan, quiet, None), self.progress
@@ -138,17 +138,9 @@ class Pruning:
         held_back = self.samples.test is self.samples.held_back
         measured_on = ("held-back samples" if held_back else "given samples") if result.proven else "synthetic inputs"
         result.measured_on = f"{result.quality.samples} {measured_on}"
-        result.timings = measure_latency(self.network, result.ir_model, sample, *self.machine, self.progress)
+        result.timings = measure_latency(self.network, result.ir_model, sample, self.machine, self.progress)
         result.skipped_samples = sample.skipped
         note_skipped(sample, self.progress)
-
-    def _plan(self, budget: Budget | Sequence[Budget] | None, round_to: int) -> Plan:
-        budgets = [budget] if isinstance(budget, Budget) else list(budget or ())
-        with self.progress.stage("planning"):
-            if self.statistics is None:
-                return planning.plan_from_weights(self.network, budgets, round_to=round_to)
-            budgets = budgets or [DEFAULT_BUDGET]
-            return planning.make_plan(self.network, self.statistics, budgets, round_to=round_to)
 
     def _rewritten(self, plan: Plan, progress: Progress, checkpoint: Path | None) -> tuple[ir.Model, dict[str, float]]:
         """The model of a plan, and by changed layer the loss that was predicted, before any refit."""
@@ -161,11 +153,10 @@ class Pruning:
             progress.note(f"not refitted: {reason}")
             return write_chains(network, plan, statistics, chains), losses
         layers = [name for name in plan.choices if name in statistics.layers]
-        providers, threads = self.machine
         with progress.stage("refitting", len(layers)) as advance:
             chains = recovery.refit(
                 network, plan, statistics, samples, memory=self.recovery.memory, checkpoint=checkpoint,
-                providers=providers, threads=threads, progress=lambda layer: advance(1),
+                providers=self.machine.providers, threads=self.machine.threads, progress=lambda layer: advance(1),
             )  # fmt: skip
         return write_chains(network, plan, statistics, chains), losses
 
@@ -174,7 +165,7 @@ class Pruning:
             specs = head_specs(self.statistics.heads, scaled=True)
         else:
             specs = head_specs(calibration.find_heads(self.network, self.heads))
-        return measure_quality(self.network, model, dataset, specs, *self.machine, progress)
+        return measure_quality(self.network, model, dataset, specs, self.machine, progress)
 
 
 def collect(
@@ -196,12 +187,36 @@ def collect(
     progress.note(f"heads: {named} ({'as given' if heads else 'assumed; change with --head'})")
     if next(iter(dataset), None) is None:
         raise KfeError(f"{dataset.describe()}: no samples to collect statistics on")
-    providers, threads = machine
     with progress.stage("collecting", dataset.count()) as advance:
         return calibration.collect(
-            network, dataset, heads=heads, seed=seed, shard=shard, providers=providers, threads=threads,
-            progress=advance,
+            network, dataset, heads=heads, seed=seed, shard=shard, providers=machine.providers,
+            threads=machine.threads, progress=advance,
         )  # fmt: skip
+
+
+def make_plan(
+    network: Network,
+    statistics: Statistics | None,
+    budgets: Sequence[Budget],
+    machine: Machine,
+    progress: Progress,
+    *,
+    round_to: int | None,
+) -> tuple[Plan, list[Lap]]:
+    """The plan for budgets, and the models that were timed for it where one is of latency.
+
+    Raises:
+        BudgetError: The budgets cannot be met.
+    """
+    stadium = latency = None
+    if any(isinstance(budget, Latency) for budget in budgets):
+        stadium = Stadium(network, machine)
+        latency = stadium.measure(round_to, progress)
+    with progress.stage("planning"):
+        planner = Planner(network, statistics, round_to=round_to or DEFAULT_ROUND_TO, latency=latency)
+        if stadium is None:
+            return (planner.plan(*budgets) if budgets or statistics else planner.smallest()), []
+    return meet(network, planner, budgets, stadium, progress)
 
 
 def _shortage(network: Network, statistics: Statistics) -> str | None:

@@ -133,12 +133,15 @@ def plan(
     output: options.Output,
     budget: options.Budgets,
     selection: options.Selection,
+    machine: options.Machine,
     json: options.Json = False,
 ) -> None:
     """Choose form and ranks of each layer under a budget, into a file that can be edited."""
     check_output(output, model, stats)
-    budgets = budget.given
-    chosen = kfe.plan(selection.open(model), Statistics.load(stats), *budgets, round_to=budget.round_to)
+    chosen = kfe.plan(
+        selection.open(model), Statistics.load(stats), *budget.given, round_to=budget.round_to, batch=budget.batch,
+        progress=console.ShownProgress(), **machine.given,
+    )  # fmt: skip
     chosen.save(output)
     if json:
         console.print_json({**chosen.as_dict(), "output": str(output)})
@@ -174,7 +177,7 @@ def prune(
     check_output(output, model, *(path for path in (stats, plan) if path is not None))
     budgets = budget.given
     if plan is not None and budgets:
-        raise UsageError("--plan already says what to do: drop --macs and --params, or drop --plan")
+        raise UsageError("--plan already says what to do: drop the budgets, or drop --plan")
     network = selection.open(model)
     result = kfe.prune(
         network,
@@ -185,6 +188,7 @@ def prune(
         labels=labels,
         heads=heads.given,
         round_to=budget.round_to,
+        batch=budget.batch,
         progress=console.ShownProgress(),
         **sampling.given,
         **floor.given,

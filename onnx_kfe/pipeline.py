@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from onnx_kfe import _prune, planning
+from onnx_kfe import _prune
 from onnx_kfe._floor import check_floor
-from onnx_kfe._measure import benchmark, evaluate, note_skipped
-from onnx_kfe._prune import DEFAULT_BUDGET, Machine, Pruning, Recovery, at_seen_shapes, divide
+from onnx_kfe._measure import Machine, benchmark, evaluate, note_skipped
+from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, divide, make_plan
 from onnx_kfe.calibration import Dataset, DataSource, ImageOptions, Statistics, input_specs, open_dataset
 from onnx_kfe.errors import BudgetError
 from onnx_kfe.graph import ModelSource, Network, open_network
-from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Plan
+from onnx_kfe.planning import Budget, Plan
 from onnx_kfe.progress import Progress
 from onnx_kfe.recovery import DEFAULT_MEMORY
 from onnx_kfe.result import Result
@@ -87,20 +87,37 @@ def collect(
     return statistics
 
 
-def plan(model: Source, statistics: Statistics, *budgets: Budget, round_to: int = DEFAULT_ROUND_TO) -> Plan:
+def plan(
+    model: Source,
+    statistics: Statistics,
+    *budgets: Budget,
+    round_to: int | None = None,
+    providers: Sequence[str] = (),
+    threads: int | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> Plan:
     """Choose form and ranks of each layer: least predicted loss under the budgets.
 
     Args:
         model: The model that the statistics were collected on.
         statistics: Its statistics.
-        budgets: `Macs`, `Params` or both.
-        round_to: Ranks are multiples of this (smaller ones for small layers).
+        budgets: `Macs`, `Params`, `Latency`, `Milliseconds`. For a latency the layers and the forms that can take their
+            place are measured here, and the plan's whole model as well.
+        round_to: Ranks are multiples of this (smaller ones for small layers); 16 when None, and with a latency what was
+            measured to run fast.
+        providers: Execution providers that a latency is of, CPU when empty.
+        threads: Threads that a latency is of, all cores when None.
+        batch: Samples of a run that a latency is of.
+        progress: Shows what is going on.
 
     Raises:
         BudgetError: The budgets cannot be met.
         KfeError: The statistics are of another model.
     """
-    return planning.make_plan(at_seen_shapes(inspect(model), statistics), statistics, budgets, round_to=round_to)
+    network = at_seen_shapes(inspect(model), statistics)
+    machine, shown = Machine(providers, threads, batch), progress or Progress()
+    return make_plan(network, statistics, budgets, machine, shown, round_to=round_to)[0]
 
 
 def prune(
@@ -114,10 +131,11 @@ def prune(
     labels: str | os.PathLike[str] | None = None,
     heads: Mapping[str, str] | None = None,
     max_samples: int | None = DEFAULT_SAMPLES,
-    round_to: int = DEFAULT_ROUND_TO,
+    round_to: int | None = None,
     seed: int = 0,
     providers: Sequence[str] = (),
     threads: int | None = None,
+    batch: int = 1,
     refit: bool = True,
     memory: int = DEFAULT_MEMORY,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -140,10 +158,12 @@ def prune(
         labels: CSV of ``file,label``.
         heads: Kind by output name where detection should be overruled.
         max_samples: At most this many samples.
-        round_to: Ranks are multiples of this (smaller ones for small layers).
+        round_to: Ranks are multiples of this (smaller ones for small layers); 16 when None, and with a latency what was
+            measured to run fast.
         seed: Seed of noise and positions.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
+        batch: Samples of a run whose latency counts.
         refit: Whether to solve the layers anew, front to back, on the samples (see `recovery.refit`).
         memory: Bytes of activations that the refit keeps in memory.
         checkpoint: Folder from which an interrupted refit goes on, removed when it is done.
@@ -176,7 +196,7 @@ def prune(
         data, statistics = None, data
     test = opened(evaluation_data)
     samples = divide(opened(data), test, floor=max_drop is not None)
-    machine = Machine(providers, threads)
+    machine = Machine(providers, threads, batch)
     recovery = Recovery(refit, memory, None if checkpoint is None else Path(checkpoint))
     run = Pruning(network, model, samples, statistics, heads, machine, recovery, shown)
     judge = None if max_drop is None else run.judge(max_drop, metric)

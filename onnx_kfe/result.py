@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from onnx_kfe._floor import Floor, Trial
+from onnx_kfe._latency_goal import Lap
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.evaluation import Quality, Timing
 from onnx_kfe.graph import ModelSource, Network, check_output, count_macs, count_parameters, save
@@ -33,6 +34,7 @@ class Result:
         proven: Whether quality was measured on real samples.
         measured_on: What quality was measured on, in words.
         timings: Measured latency of original and result; empty when not measured.
+        laps: The models that were timed for a budget of latency.
         floor: The quality floor and the curve of what was tried; None without one.
         skipped_samples: The corrupt samples, each named and with what is wrong with it.
     """
@@ -47,6 +49,7 @@ class Result:
     proven: bool = False
     measured_on: str = ""
     timings: list[Timing] = field(default_factory=list)
+    laps: list[Lap] = field(default_factory=list)
     floor: Floor | None = None
     skipped_samples: list[str] = field(default_factory=list)
 
@@ -91,6 +94,7 @@ class Result:
             "quality_proven": self.proven,
             "quality_on": self.measured_on,
             "quality": self.quality.as_dict() if self.quality else None,
+            "laps": [lap.as_dict() for lap in self.laps],
             "timings": [timing.as_dict() for timing in self.timings],
             "layers": {
                 name: {"form": choice.form, "ranks": list(choice.ranks), "predicted_loss": self.losses.get(name, 0.0)}

@@ -45,6 +45,7 @@ def create_session(
     providers: Sequence[str] = (),
     threads: int | None = None,
     optimize: bool = True,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """Create an inference session.
 
@@ -53,6 +54,7 @@ def create_session(
         providers: Execution providers in order of preference; CPU when empty.
         threads: Intra-operator threads; all cores when None.
         optimize: Whether ONNX Runtime may fuse and relayout the graph.
+        profile: Path and beginning of the name of the file to which ``end_profiling`` writes what each node took.
 
     Raises:
         UsageError: A provider is not available here.
@@ -69,6 +71,8 @@ def create_session(
     options.log_severity_level = _FATAL_ONLY
     if not optimize:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     source = str(model) if isinstance(model, Path) else model
     try:
         return runtime.InferenceSession(source, options, providers=list(providers) or ["CPUExecutionProvider"])

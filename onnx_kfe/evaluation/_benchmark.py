@@ -99,15 +99,9 @@ def benchmark(
         UsageError: There is no model, or a provider is not available.
         KfeError: The models' inputs differ, or one cannot be loaded or run.
     """
-    if not models:
-        raise UsageError("there is no model to benchmark")
-    sessions = {name: open_model(f"model '{name}'", model, providers, threads) for name, model in models.items()}
-    _check_inputs(sessions)
-    for name, session in sessions.items():
-        for _ in range(max(warmup, 1)):  # also proves that the model takes these inputs
-            run(f"model '{name}'", session, feeds)
-    latencies = _alternate(sessions, feeds, seconds * len(sessions), max(min_runs, 1))
-    sessions.clear()
+    latencies = race(
+        models, feeds, providers=providers, threads=threads, seconds=seconds, min_runs=min_runs, warmup=warmup
+    )
     timings = []
     for column, (name, model) in enumerate(models.items()):
         own = latencies[:, column]
@@ -132,6 +126,27 @@ def benchmark(
             )
         )
     return timings
+
+
+def race(
+    models: Mapping[str, Model],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    providers: Sequence[str] = (),
+    threads: int | None = None,
+    seconds: float = 3.0,
+    min_runs: int = 10,
+    warmup: int = 3,
+) -> np.ndarray:
+    """Latencies ``[rounds, models]`` in seconds of models alternated, with the arguments of `benchmark`."""
+    if not models:
+        raise UsageError("there is no model to benchmark")
+    sessions = {name: open_model(f"model '{name}'", model, providers, threads) for name, model in models.items()}
+    _check_inputs(sessions)
+    for name, session in sessions.items():
+        for _ in range(max(warmup, 1)):  # also proves that the model takes these inputs
+            run(f"model '{name}'", session, feeds)
+    return _alternate(sessions, feeds, seconds * len(sessions), max(min_runs, 1))
 
 
 def file_size(model: Model) -> int:

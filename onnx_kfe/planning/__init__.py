@@ -1,10 +1,11 @@
 """Planning: forms and their costs, budgets, allocation, the plan file."""
 
 from onnx_kfe.planning._allocation import DENSE, Candidate, allocate, candidates, frontier
-from onnx_kfe.planning._budget import Budget, Macs, Params
+from onnx_kfe.planning._budget import Budget, Latency, Macs, Milliseconds, Params, describe
 from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost, compose, dense_cost, dense_link, sized
 from onnx_kfe.planning._forms import FORMS, Form, rank_grid
-from onnx_kfe.planning._plan import DEFAULT_ROUND_TO, Plan, Planner, make_plan, network_cost, plan_from_weights
+from onnx_kfe.planning._latency import DEFAULT_ROUND_TO, LatencyModel, measure_latency_model
+from onnx_kfe.planning._plan import Plan, Planner, make_plan, network_cost
 from onnx_kfe.planning._problem import GroupProblem, LayerProblem
 from onnx_kfe.planning._search import Attempt, meets, search
 
@@ -18,9 +19,12 @@ __all__ = [
     "Cost",
     "Form",
     "GroupProblem",
+    "Latency",
+    "LatencyModel",
     "LayerProblem",
     "Link",
     "Macs",
+    "Milliseconds",
     "Params",
     "Plan",
     "Planner",
@@ -31,11 +35,12 @@ __all__ = [
     "compose",
     "dense_cost",
     "dense_link",
+    "describe",
     "frontier",
     "make_plan",
+    "measure_latency_model",
     "meets",
     "network_cost",
-    "plan_from_weights",
     "rank_grid",
     "search",
     "sized",

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,11 @@ from onnx_kfe.kfe import Array
 from onnx_kfe.planning._budget import Budget, describe
 from onnx_kfe.planning._chain import Cost, dense_cost
 from onnx_kfe.planning._forms import FORMS
+from onnx_kfe.planning._latency import LatencyModel
 from onnx_kfe.planning._problem import LayerProblem
+from onnx_kfe.planning._stopwatch import Refusal
 
-__all__ = ["DENSE", "Candidate", "allocate", "candidates", "frontier"]
+__all__ = ["DENSE", "Candidate", "allocate", "candidates", "frontier", "worthwhile"]
 
 DENSE = "dense"
 _RELATIVE_GAP = 1e-4
@@ -37,7 +39,7 @@ class Candidate:
     Attributes:
         form: Key of `FORMS`, or ``dense`` for the layer as it is.
         ranks: Its ranks.
-        cost: MACs and parameters.
+        cost: MACs, parameters, and latency where that was measured.
         loss: Predicted loss in nats per sample.
     """
 
@@ -47,23 +49,47 @@ class Candidate:
     loss: float
 
 
-def candidates(problem: LayerProblem, round_to: int) -> list[Candidate]:
-    """The layer as it is, then every form and rank that is cheaper and that no other one beats in all respects."""
-    dense = dense_cost(problem.geometry)
+def candidates(problem: LayerProblem, round_to: int, latency: LatencyModel | None = None) -> list[Candidate]:
+    """The layer as it is, then every form and rank that saves something and that no other one beats in all respects.
+
+    Args:
+        problem: The layer.
+        round_to: The grid of ranks.
+        latency: Measured latencies; forms that the runtime refuses are left out.
+    """
+    layer, geometry = problem.layer, problem.geometry
+    dense = dense_cost(geometry)
+    if latency is not None:
+        dense = replace(dense, nanoseconds=latency.dense(layer))
     found = []
     for form in FORMS.values():
-        if form.limits(problem.geometry):
+        if form.limits(geometry):
             for ranks, loss in form.losses(problem, round_to):
-                cost = form.cost(problem.geometry, ranks)
-                if cost.saves(dense):
+                cost = form.cost(geometry, ranks)
+                if latency is not None:
+                    nanoseconds = latency.nanoseconds(layer, form.links(geometry, ranks))
+                    if isinstance(nanoseconds, Refusal):
+                        continue
+                    cost = replace(cost, nanoseconds=nanoseconds)
+                if cost.saves(dense) or cost.nanoseconds < dense.nanoseconds:
                     found.append(Candidate(form.name, ranks, cost, max(loss, 0.0)))
     return [Candidate(DENSE, (), dense, 0.0), *_undominated(found)]
 
 
+def worthwhile(choices: Sequence[Candidate], budgets: Sequence[Budget]) -> list[Candidate]:
+    """The layer as it is, and what saves enough of something that there is a budget of."""
+    dense = next(choice for choice in choices if choice.form == DENSE)
+
+    def saves(choice: Candidate) -> bool:
+        return any(b.of(choice.cost) < (1 - b.margin) * b.of(dense.cost) for b in budgets)
+
+    return [choice for choice in choices if choice is dense or saves(choice)]
+
+
 def _undominated(found: list[Candidate]) -> list[Candidate]:
     """Those that no other equals or beats in every respect; one of those that are equal."""
-    found = sorted(found, key=lambda c: (c.loss, c.cost.macs, c.cost.parameters))
-    costs = np.array([(c.cost.macs, c.cost.parameters) for c in found])
+    found = sorted(found, key=lambda c: (c.loss, *astuple(c.cost)))
+    costs = np.array([astuple(c.cost) for c in found])
     kept: list[int] = []  # only what loses no more can beat a candidate, and that is kept or beaten itself
     for place, cost in enumerate(costs):
         if not (costs[kept] <= cost).all(axis=1).any():
@@ -72,7 +98,7 @@ def _undominated(found: list[Candidate]) -> list[Candidate]:
 
 
 def allocate(
-    options: Mapping[str, Sequence[Candidate]], budgets: Sequence[Budget], original: Cost
+    options: Mapping[str, Sequence[Candidate]], budgets: Sequence[Budget], original: Cost, dense: Cost | None = None
 ) -> dict[str, Candidate]:
     """Choose a candidate for each layer, minimising the summed predicted loss.
 
@@ -80,6 +106,7 @@ def allocate(
         options: Candidates by layer, the layer as it is among them.
         budgets: Bounds on the whole model.
         original: Cost of the whole model, its parts that no candidate covers included.
+        dense: The same with all layers as they are, where normalising made that cheaper.
 
     Raises:
         BudgetError: No choice meets the budgets; the message says what can be met.
@@ -87,7 +114,7 @@ def allocate(
     """
     if not options:
         raise BudgetError("nothing in the model can be pruned; see onnx-kfe inspect for the reasons")
-    knapsack = _Knapsack(options, original)
+    knapsack = _Knapsack(options, original, dense or original)
     for budget in budgets:
         if (least := knapsack.least(budget)) > budget.limit(budget.of(original)):
             possible = budget.meeting(least, budget.of(original))
@@ -139,9 +166,9 @@ def _hull_steps(choices: Sequence[Candidate]) -> list[tuple[float, int, float]]:
 class _Knapsack:
     """The choice of one candidate a layer as a 0-1 programme, solved by HiGHS."""
 
-    def __init__(self, options: Mapping[str, Sequence[Candidate]], original: Cost) -> None:
+    def __init__(self, options: Mapping[str, Sequence[Candidate]], original: Cost, dense: Cost) -> None:
         self.flat = [(name, candidate) for name, choices in options.items() for candidate in choices]
-        self._original = original
+        self._original, self._dense = original, dense
         self._rows = np.repeat(np.arange(len(options)), [len(choices) for choices in options.values()])
 
     def change(self, budget: Budget) -> Array:
@@ -151,13 +178,13 @@ class _Knapsack:
 
     def total(self, budget: Budget, chosen: npt.NDArray[np.bool_]) -> int:
         """What the whole model costs with the chosen candidates."""
-        return budget.of(self._original) + int(self.change(budget)[chosen].sum())
+        return budget.of(self._dense) + int(self.change(budget)[chosen].sum())
 
     def least(self, budget: Budget) -> int:
         """The least that the whole model can cost."""
         cheapest = np.zeros(self._rows[-1] + 1)
         np.minimum.at(cheapest, self._rows, self.change(budget))
-        return budget.of(self._original) + int(cheapest.sum())
+        return budget.of(self._dense) + int(cheapest.sum())
 
     def solve(self, objective: Array, budgets: Sequence[Budget]) -> npt.NDArray[np.bool_] | None:
         """Which candidates minimise the objective, None where no choice meets the budgets."""
@@ -175,12 +202,12 @@ class _Knapsack:
         return None if result.x is None else result.x > 0.5
 
     def _bound(self, budget: Budget) -> LinearConstraint:
-        change, original = self.change(budget), budget.of(self._original)
+        change, dense = self.change(budget), budget.of(self._dense)
         scale, unit = max(np.abs(change).max(), 1.0), max(int(np.gcd.reduce(change.astype(np.int64))), 1)
-        room = budget.limit(original) - original
+        room = budget.limit(budget.of(self._original)) - dense
         # Sums are multiples of the unit, so half of one more is no more, and HiGHS, which exceeds a bound by its
         # tolerance, needs less where costs are huge; but the least that the model can cost must stay feasible.
-        limit = max((room // unit + 0.5) * unit - _TOLERANCE * scale, self.least(budget) - original)
+        limit = max((room // unit + 0.5) * unit - _TOLERANCE * scale, self.least(budget) - dense)
         return LinearConstraint(change[None] / scale, -np.inf, limit / scale)
 
 

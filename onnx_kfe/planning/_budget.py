@@ -10,7 +10,7 @@ from typing import Self
 from onnx_kfe.errors import UsageError
 from onnx_kfe.planning._chain import Cost
 
-__all__ = ["Budget", "Macs", "Params", "describe"]
+__all__ = ["Budget", "Latency", "Macs", "Milliseconds", "Params", "describe"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Budget:
 
     resource = ""
     option = ""
+    margin = 0.0
+    """Share of a layer's own cost that a form must save to be worth its place."""
 
     def __post_init__(self) -> None:
         if not 0 < self.amount < math.inf or (self.amount > 1 and self.amount != int(self.amount)):
@@ -61,6 +63,40 @@ class Params(Budget):
 
     resource = "parameters"
     option = "--params"
+
+
+class Latency(Budget):
+    """Latency of a run of the whole model, as a fraction of the original's."""
+
+    resource = "nanoseconds"
+    option = "--latency"
+    margin = 0.03
+
+    def __post_init__(self) -> None:
+        if not 0 < self.amount <= 1:
+            raise UsageError(f"{self.option} {self.amount:g}: give a fraction of the original, or use --latency-ms")
+
+
+class Milliseconds(Latency):
+    """Latency of a run of the whole model in milliseconds."""
+
+    option = "--latency-ms"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.amount < math.inf:
+            raise UsageError(f"{self.option} {self.amount:g}: give milliseconds above 0")
+
+    def __str__(self) -> str:
+        """As the user would type it."""
+        return f"{self.option} {self.amount:g}"
+
+    def limit(self, original: int) -> int:
+        """The bound in nanoseconds."""
+        return round(1e6 * self.amount)
+
+    def meeting(self, amount: int, original: int) -> Self:
+        """The tightest budget that a latency in nanoseconds meets."""
+        return type(self)(math.ceil(amount / 1e3) / 1e3)
 
 
 def describe(budgets: Sequence[Budget]) -> str:

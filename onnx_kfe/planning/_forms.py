@@ -51,6 +51,10 @@ class Form(ABC):
         """Cost at the given ranks."""
         return chain_cost(geometry, self.links(geometry, ranks))
 
+    def grids(self, geometry: Geometry, round_to: int) -> list[list[int]]:
+        """The values of each rank that are considered."""
+        return [rank_grid(limit, round_to) for limit in self.limits(geometry)]
+
     @abstractmethod
     def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
         """Ranks on the grid with their predicted losses in nats per sample."""
@@ -78,7 +82,8 @@ class OutputLowRank(Form):
 
     def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
         total = sum(group.factors.losses for group in problem.groups)
-        for rank in rank_grid(self.limits(problem.geometry)[0], round_to):
+        (ranks,) = self.grids(problem.geometry, round_to)
+        for rank in ranks:
             yield (rank,), float(np.asarray(total)[rank])
 
     def stages(self, problem: LayerProblem, ranks: Sequence[int]) -> list[Stage]:
@@ -96,13 +101,17 @@ class InputLowRank(Form):
     def limits(self, geometry: Geometry, ranks: Sequence[int] = ()) -> tuple[int, ...]:
         return (geometry.in_channels // geometry.groups,) if geometry.taps > 1 else ()
 
+    def grids(self, geometry: Geometry, round_to: int) -> list[list[int]]:
+        """Few input ranks, see `_few`."""
+        return [_few(rank_grid(limit, round_to)) for limit in self.limits(geometry)]
+
     def links(self, geometry: Geometry, ranks: Sequence[int]) -> list[Link]:
         codes = geometry.groups * ranks[0]
         encoder = Link(geometry.in_channels, codes, geometry.groups)
         return [encoder, Link(codes, geometry.out_channels, geometry.groups, _all_axes(geometry))]
 
     def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
-        ranks = _input_ranks(self, problem.geometry, round_to)
+        (ranks,) = self.grids(problem.geometry, round_to)
         for rank, *by_group in zip(ranks, *(group.tucker_losses(ranks) for group in problem.groups), strict=True):
             yield (rank,), float(sum(losses[-1] for losses in by_group))
 
@@ -125,6 +134,11 @@ class TuckerChain(Form):
         seen = (ranks[0] if ranks else inside) * geometry.taps  # inputs of the core
         return (inside, min(seen, geometry.out_channels // geometry.groups))
 
+    def grids(self, geometry: Geometry, round_to: int) -> list[list[int]]:
+        """Few input ranks, see `_few`."""
+        inputs, outputs = (rank_grid(limit, round_to) for limit in self.limits(geometry))
+        return [_few(inputs), outputs]
+
     def links(self, geometry: Geometry, ranks: Sequence[int]) -> list[Link]:
         inside, outside = (geometry.groups * rank for rank in ranks)
         encoder = Link(geometry.in_channels, inside, geometry.groups)
@@ -132,8 +146,7 @@ class TuckerChain(Form):
         return [encoder, core, Link(outside, geometry.out_channels, geometry.groups)]
 
     def losses(self, problem: LayerProblem, round_to: int) -> Iterator[tuple[tuple[int, ...], float]]:
-        outputs = rank_grid(self.limits(problem.geometry)[1], round_to)
-        ranks = _input_ranks(self, problem.geometry, round_to)
+        ranks, outputs = self.grids(problem.geometry, round_to)
         for rank, *by_group in zip(ranks, *(group.tucker_losses(ranks) for group in problem.groups), strict=True):
             for output in outputs:
                 if output < len(by_group[0]):  # no more than the core has inputs
@@ -167,8 +180,8 @@ def _all_axes(geometry: Geometry) -> tuple[int, ...]:
     return tuple(range(len(geometry.kernel)))
 
 
-def _input_ranks(form: Form, geometry: Geometry, round_to: int) -> list[int]:
-    grid = rank_grid(form.limits(geometry)[0], round_to)
+def _few(grid: list[int]) -> list[int]:
+    """Every so many of the input ranks, where there are very many."""
     return grid[:: max(1, math.ceil(len(grid) / _MOST_INPUT_RANKS))]
 
 

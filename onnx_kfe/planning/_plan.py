@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,17 @@ from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.graph import Layer, Network, count_parameters, replace_whole
 from onnx_kfe.kfe import Array
-from onnx_kfe.planning._allocation import DENSE, Candidate, allocate, candidates, frontier
-from onnx_kfe.planning._budget import Budget, describe
+from onnx_kfe.planning._allocation import DENSE, Candidate, allocate, candidates, frontier, worthwhile
+from onnx_kfe.planning._budget import Budget, Latency, describe
 from onnx_kfe.planning._chain import Cost, dense_cost
 from onnx_kfe.planning._forms import FORMS
+from onnx_kfe.planning._latency import DEFAULT_ROUND_TO, LatencyModel
 from onnx_kfe.planning._problem import LayerProblem
 
-__all__ = ["DEFAULT_ROUND_TO", "Plan", "Planner", "make_plan", "network_cost", "plan_from_weights"]
+__all__ = ["DEFAULT_ROUND_TO", "Plan", "Planner", "make_plan", "network_cost"]
 
 _FORMAT = "onnx-kfe plan 1"
-DEFAULT_ROUND_TO = 16
+_MOST_CORRECTION = 4.0  # of latencies, by one measurement
 _JUSTIFIED = 1e-3  # share of a weight's energy that may go when nothing but the weights is known
 
 
@@ -140,21 +141,36 @@ class Planner:
 
     Args:
         network: The model.
-        statistics: Collected on this very model.
+        statistics: Collected on this very model; None for what the weights alone justify: forms that change a weight by
+            next to nothing, whatever the inputs.
         round_to: Ranks are multiples of this (smaller ones for small layers).
+        latency: Measured latencies, which budgets of latency need; their grid is the one that `round_to` gave there.
 
     Raises:
         KfeError: The statistics are of another model.
     """
 
-    def __init__(self, network: Network, statistics: Statistics, *, round_to: int = DEFAULT_ROUND_TO) -> None:
-        statistics.check_model(network.fingerprint, network.name)
-        self._network = network
+    def __init__(
+        self,
+        network: Network,
+        statistics: Statistics | None,
+        *,
+        round_to: int = DEFAULT_ROUND_TO,
+        latency: LatencyModel | None = None,
+    ) -> None:
+        if statistics is not None:
+            statistics.check_model(network.fingerprint, network.name)
+        self._network, self._latency, self._proven = network, latency, statistics is not None
         self._skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
         self._options: dict[str, Sequence[Candidate]] = {}
+        self._latency_scale = 1.0  # what replacing layers changes the whole latency by, over what single layers say
         for layer in network.prunable:
-            if layer.name in statistics.layers:
-                self._options[layer.name] = candidates(LayerProblem(layer, statistics.layers[layer.name]), round_to)
+            grid = round_to if latency is None else latency.round_to(layer)
+            if statistics is None:
+                self._options[layer.name] = _justified(LayerProblem(layer, None), grid, latency)
+            elif layer.name in statistics.layers:
+                problem = LayerProblem(layer, statistics.layers[layer.name])
+                self._options[layer.name] = candidates(problem, grid, latency)
             else:
                 self._skipped[layer.name] = statistics.skipped.get(layer.name, "no statistics were collected")
 
@@ -162,15 +178,83 @@ class Planner:
         """Choose form and ranks of each layer: least predicted loss under the budgets.
 
         Raises:
+            UsageError: There is no budget, or one of latency where none was measured.
             BudgetError: The budgets cannot be met.
         """
-        return _allocated(self._network, self._options, budgets, self._skipped)
+        if not budgets:
+            raise UsageError("give a budget: --macs, --params or --latency")
+        if self._latency is None and any(isinstance(budget, Latency) for budget in budgets):
+            raise UsageError(f"{describe(budgets)}: no latency was measured")
+        options = {name: worthwhile(self._scaled(choices), budgets) for name, choices in self._options.items()}
+        try:
+            choices = allocate(options, budgets, *self.costs())
+        except BudgetError as error:
+            raise BudgetError(self._explained(str(error), budgets)) from error
+        return self._plan(choices, describe(budgets))
+
+    def smallest(self) -> Plan:
+        """Of each layer what has the fewest MACs."""
+        choices = {name: min(found, key=lambda c: (c.cost.macs, c.loss)) for name, found in self._options.items()}
+        return self._plan(choices, "")
 
     def frontier(self) -> tuple[Array, Array]:
         """Fractions of the MACs, rising, and about the least predicted loss at each; see `frontier`."""
-        original = network_cost(self._network)
+        original, _ = self.costs()
         macs, losses = frontier(self._options, original)
         return macs / max(original.macs, 1), losses
+
+    def predicted_latency(self, plan: Plan) -> float:
+        """Latency of a plan's model, as a fraction of the original's."""
+        assert self._latency is not None
+        dense = {name: found[0].cost.nanoseconds for name, found in self._options.items()}
+        changed = sum(choice.cost.nanoseconds - dense[name] for name, choice in plan.choices.items())
+        return (self._latency.normalized + changed) / self._latency.original
+
+    def correct_latency(self, plan: Plan, measured: float) -> bool:
+        """Learn from the latency that the model of a plan was measured to have, as a fraction of the original's.
+
+        Returns:
+            Whether that can change a plan.
+        """
+        assert self._latency is not None
+        start = self._latency.normalized / self._latency.original
+        predicted = self.predicted_latency(plan) - start
+        if predicted == 0:
+            return False
+        factor = min(max((measured - start) / predicted, 1 / _MOST_CORRECTION), _MOST_CORRECTION)
+        self._latency_scale *= factor
+        return factor != 1
+
+    def _scaled(self, choices: Sequence[Candidate]) -> list[Candidate]:
+        dense = choices[0].cost.nanoseconds
+
+        def scaled(cost: Cost) -> Cost:
+            return replace(cost, nanoseconds=round(dense + self._latency_scale * (cost.nanoseconds - dense)))
+
+        return [replace(choice, cost=scaled(choice.cost)) for choice in choices]
+
+    def costs(self) -> tuple[Cost, Cost]:
+        """Of the original, and of the normalised model."""
+        cost = network_cost(self._network)
+        if self._latency is None:
+            return cost, cost
+        original, normalized = self._latency.original, self._latency.normalized
+        return replace(cost, nanoseconds=original), replace(cost, nanoseconds=normalized)
+
+    def _plan(self, choices: dict[str, Candidate], budget: str) -> Plan:
+        original, _ = self.costs()
+        return Plan(self._network.fingerprint, choices, original, budget, self._skipped)
+
+    def _explained(self, error: str, budgets: Sequence[Budget]) -> str:
+        """What bounds a latency, and where data would help."""
+        if not self._proven:
+            error = f"without data, {error}; give --data so that more can be justified"
+        if self._latency is not None and any(isinstance(budget, Latency) for budget in budgets):
+            error += (
+                f"; of the {1e-6 * self._latency.original:.3g} ms that the model takes, "
+                f"{self._latency.prunable_share:.0%} are in layers that can be pruned"
+            )
+        return error
 
 
 def make_plan(
@@ -191,35 +275,6 @@ def make_plan(
     return Planner(network, statistics, round_to=round_to).plan(*budgets)
 
 
-def plan_from_weights(network: Network, budgets: Sequence[Budget], *, round_to: int = DEFAULT_ROUND_TO) -> Plan:
-    """Choose what the weights alone justify: forms that change a weight by next to nothing, whatever the inputs.
-
-    Raises:
-        BudgetError: The budgets cannot be met so; data are needed.
-    """
-    options: dict[str, Sequence[Candidate]] = {}
-    for layer in network.prunable:
-        problem = LayerProblem(layer, None)
-        allowed = _JUSTIFIED * 0.5 * float((problem.weight**2).sum())
-        options[layer.name] = [c for c in candidates(problem, round_to) if c.loss <= allowed]
-    skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
-    if not budgets:
-        choices = {name: min(found, key=lambda c: (c.cost.macs, c.loss)) for name, found in options.items()}
-        return Plan(network.fingerprint, choices, network_cost(network), "", skipped)
-    try:
-        return _allocated(network, options, budgets, skipped)
-    except BudgetError as error:
-        raise BudgetError(f"without data, {error}; give --data so that more can be justified") from error
-
-
-def _allocated(
-    network: Network,
-    options: Mapping[str, Sequence[Candidate]],
-    budgets: Sequence[Budget],
-    skipped: dict[str, str],
-) -> Plan:
-    if not budgets:
-        raise UsageError("give a budget: --macs or --params")
-    original = network_cost(network)
-    choices = allocate(options, budgets, original)
-    return Plan(network.fingerprint, choices, original, describe(budgets), skipped)
+def _justified(problem: LayerProblem, round_to: int, latency: LatencyModel | None) -> list[Candidate]:
+    allowed = _JUSTIFIED * 0.5 * float((problem.weight**2).sum())
+    return [choice for choice in candidates(problem, round_to, latency) if choice.loss <= allowed]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
@@ -12,11 +13,11 @@ from onnx_ir.passes.common import ShapeInferencePass
 import onnx_kfe
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Network, serialize
-from onnx_kfe.planning import FORMS, LayerProblem, Plan, compose
+from onnx_kfe.graph import Geometry, Network, serialize
+from onnx_kfe.planning import FORMS, LayerProblem, Link, Plan, Stage, compose
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 
-__all__ = ["apply_plan", "solve_plan", "write_chains"]
+__all__ = ["apply_plan", "sketch_plan", "solve_plan", "write_chains"]
 
 
 def apply_plan(
@@ -88,6 +89,27 @@ def write_chains(network: Network, plan: Plan, statistics: Statistics | None, ch
     model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
     _check(model, network.name)
     return model
+
+
+def sketch_plan(network: Network, plan: Plan) -> ir.Model:
+    """The model of a plan with weights that are noise: as fast as with those that are worth their long solution."""
+    layers = {layer.name: layer for layer in network.layers}
+    random = np.random.default_rng(0)
+    chains = {}
+    for name, choice in plan.changed.items():
+        geometry = layers[name].geometry
+        assert geometry is not None
+        stages = [_noise(link, geometry, random) for link in FORMS[choice.form].links(geometry, choice.ranks)]
+        chains[name] = Chain(layers[name], choice.form, stages, random.normal(size=geometry.out_channels))
+    return write_chains(network, plan, None, chains)
+
+
+def _noise(link: Link, geometry: Geometry, random: np.random.Generator) -> Stage:
+    if link.reorders:
+        return Stage(random.permutation(link.inputs).astype(np.float64))
+    taps = [geometry.kernel[axis] for axis in link.axes]
+    shape = (link.groups, link.outputs // link.groups, link.inputs // link.groups, *taps)
+    return Stage(random.normal(size=shape) / np.sqrt(np.prod(shape[2:])), link.axes)
 
 
 def _provenance(network: Network, plan: Plan, statistics: Statistics | None) -> str:

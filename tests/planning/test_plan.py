@@ -10,7 +10,7 @@ import scipy.linalg
 
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.graph import count_macs, count_parameters, open_network
-from onnx_kfe.planning import DENSE, FORMS, Macs, Params, Plan, make_plan, network_cost, plan_from_weights
+from onnx_kfe.planning import DENSE, FORMS, Macs, Params, Plan, Planner, make_plan, network_cost
 from onnx_kfe.rewrite import apply_plan
 from tests.cases import load_case
 from tests.planning.problems import statistics_of
@@ -102,11 +102,11 @@ def test_weights_alone_justify_only_what_is_redundant():
     nodes = [node("Gemm", ["x", "low"], ["h"], "redundant"), node("Gemm", ["h", "full"], ["y"], "full")]
     arrays = {"low": low, "full": weights(32, 32, seed=2)}
     other = open_network(tiny(nodes, {"x": ["n", 32]}, {"y": ["n", 32]}, arrays))
-    plan = plan_from_weights(other, [], round_to=2)
+    plan = Planner(other, None, round_to=2).smallest()
     assert {name: choice.ranks for name, choice in plan.changed.items()} == {"redundant": (2,)}
-    assert plan_from_weights(other, [Macs(0.6)], round_to=2).changed == plan.changed
+    assert Planner(other, None, round_to=2).plan(Macs(0.6)).changed == plan.changed
     with pytest.raises(BudgetError, match=r"without data, --macs 0\.4 cannot be met.*give --data"):
-        plan_from_weights(other, [Macs(0.4)], round_to=2)
+        Planner(other, None, round_to=2).plan(Macs(0.4))
 
 
 def test_a_saved_plan_comes_back(network, plan, saved):

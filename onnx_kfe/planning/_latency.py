@@ -1,0 +1,223 @@
+"""The latency of layers and forms, as measured; between the ranks that were measured it is interpolated."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from onnx_kfe.graph import Layer, Network
+from onnx_kfe.planning._chain import Link, dense_link
+from onnx_kfe.planning._forms import FORMS
+from onnx_kfe.planning._latency_cache import LatencyCache
+from onnx_kfe.planning._stopwatch import Refusal, Stopwatch
+from onnx_kfe.planning._workload import Workload, workloads
+
+__all__ = ["DEFAULT_ROUND_TO", "LatencyModel", "measure_latency_model"]
+
+DEFAULT_ROUND_TO = 16
+_UNITS = (32, 16, 8)  # widths of a step that are looked for, else 4
+_FINEST = 4
+_STEP_SHARE = 0.75  # of a step's cost that its first half must bring for the step to be one
+_MEASURED_RANKS = 5
+_NANO = 1e9
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """What layers and the chains in their place take.
+
+    Attributes:
+        network: The model.
+        batch: Samples of a run.
+        original: Nanoseconds of a run of the whole original.
+        normalized: The same of the normalised model, which all forms are written into; what no form replaces is the
+            remainder of it.
+        units: Multiples of channels that run fast, by operator.
+    """
+
+    network: Network
+    batch: int
+    original: int
+    normalized: int
+    units: Mapping[str, int]
+    _tables: Mapping[Workload, _Table]
+
+    def nanoseconds(self, layer: Layer, links: Sequence[Link]) -> int | Refusal:
+        """Latency of a chain in place of a layer, or why it cannot be run."""
+        total = 0.0
+        for workload in workloads(layer, links, self.batch):
+            found = self._tables[workload.family].seconds(workload)
+            if isinstance(found, Refusal):
+                return found
+            total += found
+        return round(_NANO * total)
+
+    def dense(self, layer: Layer) -> int:
+        """Latency of a layer as it is."""
+        assert layer.geometry is not None
+        found = self.nanoseconds(layer, [dense_link(layer.geometry)])
+        return 0 if isinstance(found, Refusal) else found
+
+    @property
+    def prunable_share(self) -> float:
+        """Share of the whole latency that the prunable layers take."""
+        return min(sum(map(self.dense, self.network.prunable)) / max(self.normalized, 1), 1.0)
+
+    def round_to(self, layer: Layer) -> int:
+        """The multiple of channels that runs fast."""
+        return self.units.get(layer.op_type, DEFAULT_ROUND_TO)
+
+
+class _Table:
+    """Measured latencies of a family, over inputs and outputs."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, dict[int, float | Refusal]] = defaultdict(dict)
+
+    def add(self, workload: Workload, seconds: float | Refusal) -> None:
+        self._rows[workload.inputs][workload.outputs] = seconds
+
+    def seconds(self, workload: Workload) -> float | Refusal:
+        """Bilinear in inputs and outputs, as the work is; along the diagonal where each input has one output."""
+        diagonal = workload.groups == workload.inputs == workload.outputs > 1
+        rows: dict[int, float | Refusal] = {
+            inputs: row[inputs] if diagonal else _interpolated(row, workload.outputs)
+            for inputs, row in self._rows.items()
+            if not diagonal or inputs in row
+        }
+        return _interpolated(rows, workload.inputs)
+
+
+def _interpolated(known: Mapping[int, float | Refusal], place: int) -> float | Refusal:
+    """Linear between the neighbours; in proportion beyond the ends."""
+    if place in known:
+        return known[place]
+    places = sorted(known)
+    after = bisect_left(places, place)
+    low, high = places[max(after - 1, 0)], places[min(after, len(places) - 1)]
+    first, last = known[low], known[high]
+    if isinstance(first, Refusal) or isinstance(last, Refusal):
+        return first if isinstance(first, Refusal) else last
+    if low == high:
+        return first * max(place / low, 1.0)
+    return first + (last - first) * (place - low) / (high - low)
+
+
+def measure_latency_model(
+    network: Network,
+    original: float,
+    normalized: float,
+    *,
+    batch: int = 1,
+    providers: Sequence[str] = (),
+    threads: int | None = None,
+    round_to: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LatencyModel:
+    """Measure the prunable layers of a model and the forms that can take their place.
+
+    Each distinct shape is measured once, and once only on a machine (see `LatencyCache`): the layers as they are, and
+    the links of all forms at a few ranks of the grid. Which grid is measured as well: the widest step in the number of
+    output channels within which fewer channels take as long.
+
+    Args:
+        network: The model.
+        original: Seconds of a run of the whole model as it was given.
+        normalized: Seconds of a run of the normalised model.
+        batch: Samples of a run.
+        providers: Execution providers, CPU when empty.
+        threads: Intra-operator threads, all cores when None.
+        round_to: The grid of ranks; as measured when None.
+        progress: Called with the number of workloads measured and to be measured.
+
+    Raises:
+        UsageError: A provider is not available.
+    """
+    known = _Known(Stopwatch(providers, threads), LatencyCache(providers, threads), progress)
+    layers = [layer for layer in network.prunable if layer.geometry is not None]
+    probes = {layer: _probe(layer, batch) for layer in _costliest(layers)}
+    if round_to is None:
+        known.measure(workload for probe in probes.values() for workload in probe.values())
+        units = {layer.op_type: _unit(probe, known) for layer, probe in probes.items()}
+    else:
+        units = {layer.op_type: round_to for layer in probes}
+    wanted = [
+        workload
+        for layer in layers
+        for links in _sampled_chains(layer, units[layer.op_type])
+        for workload in workloads(layer, links, batch)
+    ]
+    known.measure(wanted)
+    tables: dict[Workload, _Table] = defaultdict(_Table)
+    for workload in wanted:
+        tables[workload.family].add(workload, known.seconds(workload))
+    return LatencyModel(
+        network, batch, round(_NANO * original), round(_NANO * normalized), units, dict(tables)
+    )  # fmt: skip
+
+
+class _Known:
+    """What the cache has, completed by the stopwatch."""
+
+    def __init__(self, stopwatch: Stopwatch, cache: LatencyCache, progress: Callable[[int, int], None]) -> None:
+        self._stopwatch, self._cache, self._progress = stopwatch, cache, progress
+
+    def measure(self, wanted: Iterable[Workload]) -> None:
+        missing = [workload for workload in dict.fromkeys(wanted) if self._cache.get(workload) is None]
+        measured = []
+        for pair in self._stopwatch.measure(missing):
+            measured.append(pair)
+            self._progress(len(measured), len(missing))
+        self._cache.add(measured)
+
+    def seconds(self, workload: Workload) -> float | Refusal:
+        found = self._cache.get(workload)
+        assert found is not None
+        return found
+
+
+def _sampled_chains(layer: Layer, round_to: int) -> Iterator[list[Link]]:
+    """The layer as it is, and each form at some ranks, the least and the greatest of the grid among them."""
+    assert layer.geometry is not None
+    yield [dense_link(layer.geometry)]
+    for form in FORMS.values():
+        if form.limits(layer.geometry):
+            for ranks in itertools.product(*map(_spread, form.grids(layer.geometry, round_to))):
+                yield form.links(layer.geometry, ranks)
+
+
+def _spread(grid: Sequence[int]) -> list[int]:
+    count = min(len(grid), _MEASURED_RANKS)
+    return [grid[round(place * (len(grid) - 1) / max(count - 1, 1))] for place in range(count)]
+
+
+def _costliest(layers: Iterable[Layer]) -> Iterator[Layer]:
+    """Of each operator the layer with most MACs."""
+    for _, alike in itertools.groupby(sorted(layers, key=lambda layer: layer.op_type), lambda layer: layer.op_type):
+        yield max(alike, key=lambda layer: layer.macs)
+
+
+def _probe(layer: Layer, batch: int) -> dict[int, Workload]:
+    """The layer, ungrouped, at numbers of output channels on and between the steps that are looked for."""
+    assert layer.geometry is not None
+    (dense,) = workloads(layer, [dense_link(layer.geometry)], batch)
+    widest = _UNITS[0]
+    base = max(widest, dense.outputs // 2 // widest * widest)
+    more = {0, *_UNITS, *(unit // 2 for unit in _UNITS)}
+    return {extra: replace(dense, outputs=base + extra, groups=1) for extra in more}
+
+
+def _unit(probe: Mapping[int, Workload], known: _Known) -> int:
+    """The widest step in which the first half brings nearly all of the cost."""
+    seconds = {extra: known.seconds(workload) for extra, workload in probe.items()}
+    numbers = {extra: value for extra, value in seconds.items() if not isinstance(value, Refusal)}
+    if len(numbers) < len(seconds):
+        return DEFAULT_ROUND_TO
+    for unit in _UNITS:
+        half, whole = numbers[unit // 2] - numbers[0], numbers[unit] - numbers[0]
+        if whole > 0 and half >= _STEP_SHARE * whole:
+            return unit
+    return _FINEST
