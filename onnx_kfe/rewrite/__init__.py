@@ -2,5 +2,16 @@
 
 from onnx_kfe.rewrite._apply import apply_plan, sketch_plan, solve_plan, write_chains
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
+from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
 
-__all__ = ["Chain", "FactorizePass", "apply_plan", "sketch_plan", "solve_plan", "write_chains"]
+__all__ = [
+    "Chain",
+    "FactorizePass",
+    "Merge",
+    "MergePass",
+    "apply_plan",
+    "is_smaller",
+    "sketch_plan",
+    "solve_plan",
+    "write_chains",
+]

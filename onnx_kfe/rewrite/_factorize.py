@@ -12,6 +12,7 @@ from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, Precondi
 from onnx_kfe.graph import Layer
 from onnx_kfe.kfe import Array
 from onnx_kfe.planning import Stage
+from onnx_kfe.rewrite._editor import Editor
 
 __all__ = ["Chain", "FactorizePass"]
 
@@ -59,9 +60,9 @@ class FactorizePass(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the nodes."""
         nodes = {node.name: node for node in model.graph if node.name in self.chains}
-        taken = _names(model.graph)
+        editor = Editor(model.graph)
         for name, chain in self.chains.items():
-            _Writer(model.graph, nodes[name], chain, taken).replace()
+            _Writer(editor, nodes[name], chain).replace()
         return PassResult(model, modified=bool(self.chains))
 
     def ensures(self, model: ir.Model) -> None:
@@ -74,38 +75,51 @@ class FactorizePass(InPlacePass):
 class _Writer:
     """Writes the chain of one layer."""
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, chain: Chain, taken: set[str]) -> None:
+    def __init__(self, editor: Editor, node: ir.Node, chain: Chain) -> None:
         weight = node.inputs[1]
         assert weight is not None
         assert weight.const_value is not None
-        self.graph, self.node, self.chain, self.taken = graph, node, chain, taken
+        self.editor, self.node, self.chain = editor, node, chain
         self.dtype = weight.const_value.dtype
         self.stem = weight.name or f"{node.name}/weight"
 
     def replace(self) -> None:
         """Put the chain in the layer's place, and drop what nothing else reads."""
-        node, bias = self.node, self.chain.bias
+        node = self.node
         old = [value for value in node.inputs[1:] if value is not None and value.is_initializer()]
         value = node.inputs[0]
         assert value is not None
         write = self._convolution if node.op_type == "Conv" else self._product
+        bias, biased = self._bias()
         nodes: list[ir.Node] = []
         for place, stage in enumerate(self.chain.stages):
-            last = place == len(self.chain.stages) - 1
-            inputs = [value, self._weight(stage, f"{self.stem}/{self.chain.form}_{place}")]
-            if last and node.op_type != "MatMul" and np.any(bias):
-                inputs.append(self._constant(f"{self.stem}/bias", bias))
-            nodes.append(write(inputs, stage, self._unique(f"{node.name}/{self.chain.form}_{place}")))
+            inputs = [value, self._weight(stage, f"{self.chain.form}_{place}")]
+            if place == biased and node.op_type != "MatMul" and np.any(bias):
+                inputs.append(self._constant("bias", bias))
+            nodes.append(write(inputs, stage, self.editor.unique(f"{node.name}/{self.chain.form}_{place}")))
             value = nodes[-1].outputs[0]
-            if not last:  # its shape is inferred once the graph is whole
-                value.name, value.type = self._unique(f"{nodes[-1].name}_output"), node.outputs[0].type
-        if node.op_type == "MatMul" and np.any(bias) and not self._absorbed_by_add():
-            inputs = [value, self._constant(f"{self.stem}/bias", bias)]
-            nodes.append(ir.Node("", "Add", inputs, name=self._unique(f"{node.name}/bias_add")))
+            if place < len(self.chain.stages) - 1:  # its shape is inferred once the graph is whole
+                value.name, value.type = self.editor.unique(f"{nodes[-1].name}_output"), node.outputs[0].type
+        if node.op_type == "MatMul" and np.any(bias) and not self.editor.absorb(node.outputs[0], bias, "kfe"):
+            inputs = [value, self._constant("bias", bias)]
+            nodes.append(ir.Node("", "Add", inputs, name=self.editor.unique(f"{node.name}/bias_add")))
             value = nodes[-1].outputs[0]
-        ir.convenience.replace_nodes_and_values(self.graph, node, [node], nodes, node.outputs, [value])
+        ir.convenience.replace_nodes_and_values(self.editor.graph, node, [node], nodes, node.outputs, [value])
         for constant in old:
-            self._drop_unused(constant)
+            self.editor.drop_unused(constant)
+
+    def _bias(self) -> tuple[Array, int]:
+        """The bias and the stage that takes it: the last one, or the one before where that reorders."""
+        *_, last = self.chain.stages
+        place = len(self.chain.stages) - 1
+        if not last.reorders:
+            return self.chain.bias, place
+        bias = np.empty_like(self.chain.bias)
+        bias[last.weight.astype(int)] = self.chain.bias
+        return bias, place - 1
+
+    def _constant(self, suffix: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
+        return self.editor.constant(f"{self.stem}/{suffix}", array, dtype or self.dtype)
 
     def _weight(self, stage: Stage, name: str) -> ir.Value:
         """The weight as the node stores it: Gemm in the orientation it had."""
@@ -150,48 +164,3 @@ class _Writer:
     def _product(self, inputs: Sequence[ir.Value], stage: Stage, name: str) -> ir.Node:
         transposed = [ir.AttrInt64("transB", 1)] if self._transposed() else []
         return ir.Node("", self.node.op_type, inputs, transposed, name=name)
-
-    def _absorbed_by_add(self) -> bool:
-        """Move the bias of a MatMul into the constant that the next node adds, where it adds one a feature."""
-        output = self.node.outputs[0]
-        uses = list(output.uses())
-        if len(uses) != 1 or uses[0].node.op_type != "Add" or output.is_graph_output():
-            return False
-        add, place = uses[0].node, 1 - uses[0].idx
-        addend = add.inputs[place]
-        if addend is None or not addend.is_initializer() or addend.const_value is None:
-            return False
-        if addend.const_value.shape != self.chain.bias.shape:
-            return False
-        moved = addend.const_value.numpy().astype(np.float64) + self.chain.bias
-        add.replace_input_with(place, self._constant(f"{addend.name}/kfe", moved))
-        self._drop_unused(addend)
-        return True
-
-    def _constant(self, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
-        name, dtype = self._unique(name), dtype or self.dtype
-        tensor = ir.tensor(np.ascontiguousarray(array, dtype.numpy()), dtype=dtype, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
-
-    def _drop_unused(self, value: ir.Value) -> None:
-        if value.graph is not None and not value.uses() and not value.is_graph_output():
-            value.graph.initializers.pop(value.name or "")
-
-    def _unique(self, name: str) -> str:
-        unique, count = name, 1
-        while unique in self.taken:
-            count += 1
-            unique = f"{name}_{count}"
-        self.taken.add(unique)
-        return unique
-
-
-def _names(graph: ir.Graph) -> set[str]:
-    """Names of all nodes and values, those in bodies included."""
-    nodes = list(graph.all_nodes())
-    values = [value for node in nodes for value in node.outputs]
-    graphs = [graph, *graph.subgraphs()]
-    values += [value for each in graphs for value in (*each.inputs, *each.initializers.values())]
-    return {name or "" for name in (*(node.name for node in nodes), *(value.name for value in values))}
