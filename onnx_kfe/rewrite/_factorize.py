@@ -12,6 +12,7 @@ from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, Precondi
 from onnx_kfe.graph import Layer
 from onnx_kfe.kfe import Array
 from onnx_kfe.planning import Stage
+from onnx_kfe.rewrite._constants import Constants
 
 __all__ = ["Chain", "FactorizePass"]
 
@@ -58,9 +59,9 @@ class FactorizePass(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the nodes."""
         nodes = {node.name: node for node in model.graph if node.name in self.chains}
-        taken = _names(model.graph)
+        constants = Constants(model.graph)
         for name, chain in self.chains.items():
-            _Writer(model.graph, nodes[name], chain, taken).replace()
+            _Writer(model.graph, nodes[name], chain, constants).replace()
         return PassResult(model, modified=bool(self.chains))
 
     def ensures(self, model: ir.Model) -> None:
@@ -73,11 +74,11 @@ class FactorizePass(InPlacePass):
 class _Writer:
     """Writes the chain of one layer."""
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, chain: Chain, taken: set[str]) -> None:
+    def __init__(self, graph: ir.Graph, node: ir.Node, chain: Chain, constants: Constants) -> None:
         weight = node.inputs[1]
         assert weight is not None
         assert weight.const_value is not None
-        self.graph, self.node, self.chain, self.taken = graph, node, chain, taken
+        self.graph, self.node, self.chain, self.constants = graph, node, chain, constants
         self.dtype = weight.const_value.dtype
         self.stem = weight.name or f"{node.name}/weight"
 
@@ -91,20 +92,20 @@ class _Writer:
         nodes: list[ir.Node] = []
         for place, stage in enumerate(self.chain.stages):
             last = place == len(self.chain.stages) - 1
-            inputs = [value, self._constant(f"{self.stem}/{self.chain.form}_{place}", self._layout(stage))]
+            inputs = [value, self._constant(f"{self.chain.form}_{place}", self._layout(stage))]
             if last and node.op_type != "MatMul" and np.any(bias):
-                inputs.append(self._constant(f"{self.stem}/bias", bias))
-            nodes.append(write(inputs, stage, self._unique(f"{node.name}/{self.chain.form}_{place}")))
+                inputs.append(self._constant("bias", bias))
+            nodes.append(write(inputs, stage, self.constants.unique(f"{node.name}/{self.chain.form}_{place}")))
             value = nodes[-1].outputs[0]
             if not last:  # its shape is inferred once the graph is whole
-                value.name, value.type = self._unique(f"{nodes[-1].name}_output"), node.outputs[0].type
+                value.name, value.type = self.constants.unique(f"{nodes[-1].name}_output"), node.outputs[0].type
         if node.op_type == "MatMul" and np.any(bias) and not self._absorbed_by_add():
-            inputs = [value, self._constant(f"{self.stem}/bias", bias)]
-            nodes.append(ir.Node("", "Add", inputs, name=self._unique(f"{node.name}/bias_add")))
+            inputs = [value, self._constant("bias", bias)]
+            nodes.append(ir.Node("", "Add", inputs, name=self.constants.unique(f"{node.name}/bias_add")))
             value = nodes[-1].outputs[0]
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], nodes, node.outputs, [value])
         for constant in old:
-            self._drop_unused(constant)
+            self.constants.drop_unused(constant)
 
     def _layout(self, stage: Stage) -> Array:
         """The weight as the node stores it: Gemm in the orientation it had."""
@@ -141,34 +142,9 @@ class _Writer:
         if addend.const_value.shape != self.chain.bias.shape:
             return False
         moved = addend.const_value.numpy().astype(np.float64) + self.chain.bias
-        add.replace_input_with(place, self._constant(f"{addend.name}/kfe", moved))
-        self._drop_unused(addend)
+        add.replace_input_with(place, self.constants.add(f"{addend.name}/kfe", moved, self.dtype))
+        self.constants.drop_unused(addend)
         return True
 
     def _constant(self, name: str, array: Array) -> ir.Value:
-        name = self._unique(name)
-        tensor = ir.tensor(np.ascontiguousarray(array, self.dtype.numpy()), dtype=self.dtype, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(self.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
-
-    def _drop_unused(self, value: ir.Value) -> None:
-        if value.graph is not None and not value.uses() and not value.is_graph_output():
-            value.graph.initializers.pop(value.name or "")
-
-    def _unique(self, name: str) -> str:
-        unique, count = name, 1
-        while unique in self.taken:
-            count += 1
-            unique = f"{name}_{count}"
-        self.taken.add(unique)
-        return unique
-
-
-def _names(graph: ir.Graph) -> set[str]:
-    """Names of all nodes and values, those in bodies included."""
-    nodes = list(graph.all_nodes())
-    values = [value for node in nodes for value in node.outputs]
-    graphs = [graph, *graph.subgraphs()]
-    values += [value for each in graphs for value in (*each.inputs, *each.initializers.values())]
-    return {name or "" for name in (*(node.name for node in nodes), *(value.name for value in values))}
+        return self.constants.add(f"{self.stem}/{name}", array, self.dtype)
