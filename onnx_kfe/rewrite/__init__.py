@@ -2,5 +2,6 @@
 
 from onnx_kfe.rewrite._apply import apply_plan, solve_plan, write_chains
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
+from onnx_kfe.rewrite._remove import RemovePass
 
-__all__ = ["Chain", "FactorizePass", "apply_plan", "solve_plan", "write_chains"]
+__all__ = ["Chain", "FactorizePass", "RemovePass", "apply_plan", "solve_plan", "write_chains"]
