@@ -1,5 +1,6 @@
 """The model as a graph: loading and saving, normalising, shapes and layers."""
 
+from onnx_kfe.graph._branches import Branch, Junction, find_branches, find_junction, only_feeding
 from onnx_kfe.graph._io import (
     ModelSource,
     check_output,
@@ -16,7 +17,9 @@ from onnx_kfe.graph._normalize import normalize
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 
 __all__ = [
+    "Branch",
     "Geometry",
+    "Junction",
     "Layer",
     "ModelSource",
     "Network",
@@ -24,12 +27,15 @@ __all__ = [
     "concrete_shapes",
     "count_macs",
     "count_parameters",
+    "find_branches",
+    "find_junction",
     "find_layers",
     "fingerprint",
     "initializer_array",
     "load",
     "nominal_input_shapes",
     "normalize",
+    "only_feeding",
     "open_network",
     "replace_whole",
     "save",

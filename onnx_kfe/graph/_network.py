@@ -42,10 +42,15 @@ class Network:
         """The layers that can be replaced."""
         return [layer for layer in self.layers if layer.prunable]
 
+    @property
+    def unselected(self) -> dict[str, str]:
+        """Reason by name of the layers that are left alone because the user said so."""
+        return {layer.name: layer.reason for layer in self.layers if layer.reason in (_EXCLUDED, _NOT_INCLUDED)}
+
     def with_input_shapes(self, input_shapes: Mapping[str, Sequence[int]]) -> Network:
         """The same network with costs counted at other input shapes."""
         given = {name: tuple(shape) for name, shape in input_shapes.items()}
-        unselected = {layer.name: layer.reason for layer in self.layers if layer.reason in (_EXCLUDED, _NOT_INCLUDED)}
+        unselected = self.unselected
         layers = [
             dataclasses.replace(layer, reason=layer.reason or unselected.get(layer.name))
             for layer in find_layers(self.model, given)

@@ -1,18 +1,20 @@
 """Planning: forms and their costs, budgets, allocation, the plan file."""
 
-from onnx_kfe.planning._allocation import DENSE, Candidate, allocate, candidates, frontier
+from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, candidates, frontier
 from onnx_kfe.planning._budget import Budget, Latency, Macs, Milliseconds, Params, describe
 from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost, compose, dense_cost, dense_link, sized
 from onnx_kfe.planning._forms import FORMS, Form, rank_grid
 from onnx_kfe.planning._latency import DEFAULT_ROUND_TO, LatencyModel, measure_latency_model
 from onnx_kfe.planning._plan import Plan, Planner, make_plan, network_cost
 from onnx_kfe.planning._problem import GroupProblem, LayerProblem
+from onnx_kfe.planning._removal import removal_loss, removals
 from onnx_kfe.planning._search import Attempt, meets, search
 
 __all__ = [
     "DEFAULT_ROUND_TO",
     "DENSE",
     "FORMS",
+    "REMOVED",
     "Attempt",
     "Budget",
     "Candidate",
@@ -42,6 +44,8 @@ __all__ = [
     "meets",
     "network_cost",
     "rank_grid",
+    "removal_loss",
+    "removals",
     "search",
     "sized",
 ]

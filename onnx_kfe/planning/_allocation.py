@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -22,9 +23,10 @@ from onnx_kfe.planning._latency import LatencyModel
 from onnx_kfe.planning._problem import LayerProblem
 from onnx_kfe.planning._stopwatch import Refusal
 
-__all__ = ["DENSE", "Candidate", "allocate", "candidates", "frontier", "worthwhile"]
+__all__ = ["DENSE", "REMOVED", "Candidate", "allocate", "candidates", "frontier", "worthwhile"]
 
 DENSE = "dense"
+REMOVED = "removed"
 _RELATIVE_GAP = 1e-4
 _SECONDS = 10.0
 _TOLERANCE = 1e-6  # of HiGHS, on a constraint
@@ -37,16 +39,19 @@ class Candidate:
     """A form and ranks for a layer, with what they cost and lose.
 
     Attributes:
-        form: Key of `FORMS`, or ``dense`` for the layer as it is.
+        form: Key of `FORMS`, ``dense`` for the layer as it is, or ``removed`` where nothing is left of it.
         ranks: Its ranks.
-        cost: MACs, parameters, and latency where that was measured.
+        cost: MACs, parameters, and latency where that was measured; below 0 by those of layers that have no candidates
+            and vanish with this one.
         loss: Predicted loss in nats per sample.
+        removes: Names of the other layers that vanish with this one, whatever candidates they have.
     """
 
     form: str
     ranks: tuple[int, ...]
     cost: Cost
     loss: float
+    removes: tuple[str, ...] = ()
 
 
 def candidates(problem: LayerProblem, round_to: int, latency: LatencyModel | None = None) -> list[Candidate]:
@@ -103,10 +108,14 @@ def allocate(
     """Choose a candidate for each layer, minimising the summed predicted loss.
 
     Args:
-        options: Candidates by layer, the layer as it is among them.
+        options: Candidates by layer, the layer as it is among them. The sets of layers that vanish together are apart,
+            or one lies within the other.
         budgets: Bounds on the whole model.
         original: Cost of the whole model, its parts that no candidate covers included.
         dense: The same with all layers as they are, where normalising made that cheaper.
+
+    Returns:
+        A candidate for each layer of `options`, ``removed`` at no loss for those that vanish with another.
 
     Raises:
         BudgetError: No choice meets the budgets; the message says what can be met.
@@ -127,14 +136,16 @@ def allocate(
         raise BudgetError(
             f"{describe(budgets)} cannot be met together: under {describe(held)} the smallest is {possible}"
         )
-    return {name: candidate for (name, candidate), taken in zip(knapsack.flat, chosen, strict=True) if taken}
+    taken = dict(itertools.compress(knapsack.flat, chosen))
+    return {name: taken.get(name, Candidate(REMOVED, (), Cost(0, 0), 0.0)) for name in options}
 
 
 def frontier(options: Mapping[str, Sequence[Candidate]], original: Cost) -> tuple[Array, Array]:
     """The least loss that any number of MACs can be had for, were fractions of candidates allowed.
 
     That is the linear relaxation, solved by going down the convex hulls of all layers in the order of their slopes
-    (Sinha and Zoltners, Operations Research 1979). No plan loses less, and the best ones little more.
+    (Sinha and Zoltners, Operations Research 1979). No plan loses less, and the best ones little more, unless it removes
+    layers: removals, which belong to no single layer, are not counted.
 
     Args:
         options: Candidates by layer, the layer as it is among them.
@@ -150,6 +161,7 @@ def frontier(options: Mapping[str, Sequence[Candidate]], original: Cost) -> tupl
 
 def _hull_steps(choices: Sequence[Candidate]) -> list[tuple[float, int, float]]:
     """Slope, MACs saved and loss added of each step down the lower convex hull of a layer, the gentlest first."""
+    choices = [choice for choice in choices if choice.form != REMOVED]
     place = next(choice for choice in choices if choice.form == DENSE)
     steps = []
     while cheaper := [choice for choice in choices if choice.cost.macs < place.cost.macs]:
@@ -164,17 +176,20 @@ def _hull_steps(choices: Sequence[Candidate]) -> list[tuple[float, int, float]]:
 
 
 class _Knapsack:
-    """The choice of one candidate a layer as a 0-1 programme, solved by HiGHS."""
+    """The choice of one candidate a layer, its own or one that removes it, as a 0-1 programme, solved by HiGHS."""
 
     def __init__(self, options: Mapping[str, Sequence[Candidate]], original: Cost, dense: Cost) -> None:
         self.flat = [(name, candidate) for name, choices in options.items() for candidate in choices]
         self._original, self._dense = original, dense
-        self._rows = np.repeat(np.arange(len(options)), [len(choices) for choices in options.values()])
+        rows = {name: row for row, name in enumerate(options)}
+        covered = [[name, *(other for other in choice.removes if other in rows)] for name, choice in self.flat]
+        self._rows = [[rows[name] for name in names] for names in covered]  # that each candidate covers, its own first
 
     def change(self, budget: Budget) -> Array:
         """What each candidate adds to the cost of the model, 0 or less."""
-        dense = {name: budget.of(candidate.cost) for name, candidate in self.flat if candidate.form == DENSE}
-        return np.array([budget.of(candidate.cost) - dense[name] for name, candidate in self.flat], float)
+        dense = [budget.of(candidate.cost) for _, candidate in self.flat if candidate.form == DENSE]
+        replaced = [sum(dense[row] for row in rows) for rows in self._rows]
+        return np.array([budget.of(candidate.cost) for _, candidate in self.flat], float) - replaced
 
     def total(self, budget: Budget, chosen: npt.NDArray[np.bool_]) -> int:
         """What the whole model costs with the chosen candidates."""
@@ -182,14 +197,21 @@ class _Knapsack:
 
     def least(self, budget: Budget) -> int:
         """The least that the whole model can cost."""
-        cheapest = np.zeros(self._rows[-1] + 1)
-        np.minimum.at(cheapest, self._rows, self.change(budget))
-        return budget.of(self._dense) + int(cheapest.sum())
+        cheapest = [0.0] * (self._rows[-1][0] + 1)
+        # Smaller sets first: what lies within a removal may save more than the removal.
+        for rows, change in sorted(zip(self._rows, self.change(budget), strict=True), key=lambda pair: len(pair[0])):
+            if change < sum(cheapest[row] for row in rows):
+                own, *others = rows
+                cheapest[own] = change
+                for row in others:
+                    cheapest[row] = 0.0
+        return budget.of(self._dense) + int(sum(cheapest))
 
     def solve(self, objective: Array, budgets: Sequence[Budget]) -> npt.NDArray[np.bool_] | None:
         """Which candidates minimise the objective, None where no choice meets the budgets."""
         size = len(self.flat)
-        one_each = csr_array((np.ones(size), (self._rows, np.arange(size))))
+        columns = np.repeat(np.arange(size), [len(rows) for rows in self._rows])
+        one_each = csr_array((np.ones(len(columns)), (np.concatenate(self._rows), columns)))
         scaled = objective / max(np.abs(objective).max(), np.finfo(np.float64).tiny)
         with _native_stdout_silenced():
             result = milp(

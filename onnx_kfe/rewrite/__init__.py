@@ -3,12 +3,14 @@
 from onnx_kfe.rewrite._apply import apply_plan, sketch_plan, solve_plan, write_chains
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
+from onnx_kfe.rewrite._remove import RemovePass
 
 __all__ = [
     "Chain",
     "FactorizePass",
     "Merge",
     "MergePass",
+    "RemovePass",
     "apply_plan",
     "is_smaller",
     "sketch_plan",

@@ -16,6 +16,7 @@ from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Network, serialize
 from onnx_kfe.planning import FORMS, LayerProblem, Link, Plan, Stage, compose
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
+from onnx_kfe.rewrite._merge import MergePass
 
 __all__ = ["apply_plan", "sketch_plan", "solve_plan", "write_chains"]
 
@@ -85,6 +86,8 @@ def write_chains(network: Network, plan: Plan, statistics: Statistics | None, ch
     """
     model = network.model.clone()
     model = FactorizePass(chains)(model).model
+    if chains:  # the end of one chain may meet the beginning of the next
+        model = MergePass()(model).model
     model.metadata_props["onnx_kfe"] = _provenance(network, plan, statistics)
     model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
     _check(model, network.name)

@@ -1,0 +1,62 @@
+"""Removal: residual branches left out altogether, as candidates that cover several layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_kfe.graph import Branch, Layer, Network, find_branches
+from onnx_kfe.planning._allocation import REMOVED, Candidate
+from onnx_kfe.planning._chain import Cost, dense_cost
+from onnx_kfe.planning._problem import LayerProblem
+
+__all__ = ["removal_loss", "removals"]
+
+
+def removal_loss(problem: LayerProblem) -> float:
+    """Predicted loss in nats per sample of a layer that gives its mean output, ``problem.bias`` of a weight of zero."""
+    return problem.loss(np.zeros_like(problem.weight))
+
+
+def removals(network: Network, losses: Mapping[str, float]) -> dict[str, Candidate]:
+    """The removal of each residual branch, a candidate of its last layer.
+
+    Of two branches that end in the same sum only one is on offer, or nothing might be left to add: the one that loses
+    less for each of the MACs it saves.
+
+    Args:
+        network: The model.
+        losses: `removal_loss` by name of the layers that have candidates of their own.
+
+    Returns:
+        A candidate by name of the last layer, which allocation takes among that layer's others.
+    """
+    layers = {layer.name: layer for layer in network.layers}
+    branches = [branch for branch in find_branches(network) if branch.layer in losses]
+
+    def loss_per_mac(branch: Branch) -> float:
+        return losses[branch.layer] / sum(layers[name].macs for name in branch.layers)
+
+    offered: dict[str, Branch] = {}
+    for branch in sorted(branches, key=loss_per_mac):
+        offered.setdefault(branch.sum, branch)
+    found = {}
+    for branch in offered.values():
+        rest = [_own_cost(layers[name], network.model.graph) for name in branch.layers if name not in losses]
+        cost = Cost(-sum(other.macs for other in rest), -sum(other.parameters for other in rest))
+        others = tuple(name for name in branch.layers if name != branch.layer)
+        found[branch.layer] = Candidate(REMOVED, (), cost, max(losses[branch.layer], 0.0), others)
+    return found
+
+
+def _own_cost(layer: Layer, graph: ir.Graph) -> Cost:
+    """What a layer costs, its weight counted only where that is a constant which no other node reads."""
+    if layer.geometry is None:
+        return Cost(0, 0)
+    cost, weight = dense_cost(layer.geometry), layer.node.inputs[1]
+    assert weight is not None
+    own = graph.initializers.get(weight.name or "") is weight and len(weight.uses()) == 1
+    return cost if own else dataclasses.replace(cost, parameters=0)
