@@ -7,6 +7,7 @@ import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from onnx_kfe.planning._budget import Budget, describe
 from onnx_kfe.planning._forms import FORMS, Cost, dense_cost
 from onnx_kfe.planning._problem import LayerProblem
 
-__all__ = ["DENSE", "Candidate", "allocate", "candidates", "frontier"]
+__all__ = ["DENSE", "Candidate", "allocate", "candidates", "frontier", "hull"]
 
 DENSE = "dense"
 _RELATIVE_GAP = 1e-4
@@ -120,18 +121,24 @@ def frontier(options: Mapping[str, Sequence[Candidate]], original: Cost) -> tupl
     return (original.macs - saved)[::-1], lost[::-1]
 
 
-def _hull_steps(choices: Sequence[Candidate]) -> list[tuple[float, int, float]]:
-    """Slope, MACs saved and loss added of each step down the lower convex hull of a layer, the gentlest first."""
-    place = next(choice for choice in choices if choice.form == DENSE)
-    steps = []
-    while cheaper := [choice for choice in choices if choice.cost.macs < place.cost.macs]:
+def hull(choices: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates on the lower convex hull of a layer's loss against its MACs, from the layer as it is down."""
+    found = [next(choice for choice in choices if choice.form == DENSE)]
+    while cheaper := [choice for choice in choices if choice.cost.macs < found[-1].cost.macs]:
 
-        def slope(choice: Candidate, start: Candidate = place) -> tuple[float, int]:
+        def slope(choice: Candidate, start: Candidate = found[-1]) -> tuple[float, int]:
             return (choice.loss - start.loss) / (start.cost.macs - choice.cost.macs), choice.cost.macs
 
-        following = min(cheaper, key=slope)
-        steps.append((slope(following)[0], place.cost.macs - following.cost.macs, following.loss - place.loss))
-        place = following
+        found.append(min(cheaper, key=slope))
+    return found
+
+
+def _hull_steps(choices: Sequence[Candidate]) -> list[tuple[float, int, float]]:
+    """Slope, MACs saved and loss added of each step down the lower convex hull of a layer, the gentlest first."""
+    steps = []
+    for place, following in pairwise(hull(choices)):
+        saved, lost = place.cost.macs - following.cost.macs, following.loss - place.loss
+        steps.append((lost / saved, saved, lost))
     return steps
 
 
