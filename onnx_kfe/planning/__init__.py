@@ -1,6 +1,7 @@
 """Planning: forms and their costs, budgets, allocation, the plan file."""
 
 from onnx_kfe.planning._allocation import DENSE, Candidate, allocate, candidates, frontier
+from onnx_kfe.planning._bandit import Refinement, arms_around, refine
 from onnx_kfe.planning._budget import Budget, Macs, Params
 from onnx_kfe.planning._forms import FORMS, Cost, Form, Stage, compose, dense_cost, rank_grid
 from onnx_kfe.planning._plan import DEFAULT_ROUND_TO, Plan, Planner, make_plan, network_cost, plan_from_weights
@@ -22,8 +23,10 @@ __all__ = [
     "Params",
     "Plan",
     "Planner",
+    "Refinement",
     "Stage",
     "allocate",
+    "arms_around",
     "candidates",
     "compose",
     "dense_cost",
@@ -33,5 +36,6 @@ __all__ = [
     "network_cost",
     "plan_from_weights",
     "rank_grid",
+    "refine",
     "search",
 ]
