@@ -1,6 +1,7 @@
 """Planning: forms and their costs, budgets, allocation, the plan file."""
 
 from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, candidates, frontier
+from onnx_kfe.planning._bandit import Refinement, arms_around, refine
 from onnx_kfe.planning._budget import Budget, Latency, Macs, Milliseconds, Params, describe
 from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost, compose, dense_cost, dense_link, sized
 from onnx_kfe.planning._forms import FORMS, Form, rank_grid
@@ -30,8 +31,10 @@ __all__ = [
     "Params",
     "Plan",
     "Planner",
+    "Refinement",
     "Stage",
     "allocate",
+    "arms_around",
     "candidates",
     "chain_cost",
     "compose",
@@ -44,6 +47,7 @@ __all__ = [
     "meets",
     "network_cost",
     "rank_grid",
+    "refine",
     "removal_loss",
     "removals",
     "search",

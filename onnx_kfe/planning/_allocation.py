@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from onnx_kfe.planning._latency import LatencyModel
 from onnx_kfe.planning._problem import LayerProblem
 from onnx_kfe.planning._stopwatch import Refusal
 
-__all__ = ["DENSE", "REMOVED", "Candidate", "allocate", "candidates", "frontier", "worthwhile"]
+__all__ = ["DENSE", "REMOVED", "Candidate", "allocate", "candidates", "frontier", "hull", "worthwhile"]
 
 DENSE = "dense"
 REMOVED = "removed"
@@ -159,19 +160,25 @@ def frontier(options: Mapping[str, Sequence[Candidate]], original: Cost) -> tupl
     return (original.macs - saved)[::-1], lost[::-1]
 
 
-def _hull_steps(choices: Sequence[Candidate]) -> list[tuple[float, int, float]]:
-    """Slope, MACs saved and loss added of each step down the lower convex hull of a layer, the gentlest first."""
-    choices = [choice for choice in choices if choice.form != REMOVED]
-    place = next(choice for choice in choices if choice.form == DENSE)
-    steps = []
-    while cheaper := [choice for choice in choices if choice.cost.macs < place.cost.macs]:
+def hull(choices: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates on the lower convex hull of a layer's loss against its MACs, from the layer as it is down."""
+    own = [choice for choice in choices if choice.form != REMOVED]
+    found = [next(choice for choice in own if choice.form == DENSE)]
+    while cheaper := [choice for choice in own if choice.cost.macs < found[-1].cost.macs]:
 
-        def slope(choice: Candidate, start: Candidate = place) -> tuple[float, int]:
+        def slope(choice: Candidate, start: Candidate = found[-1]) -> tuple[float, int]:
             return (choice.loss - start.loss) / (start.cost.macs - choice.cost.macs), choice.cost.macs
 
-        following = min(cheaper, key=slope)
-        steps.append((slope(following)[0], place.cost.macs - following.cost.macs, following.loss - place.loss))
-        place = following
+        found.append(min(cheaper, key=slope))
+    return found
+
+
+def _hull_steps(choices: Sequence[Candidate]) -> list[tuple[float, int, float]]:
+    """Slope, MACs saved and loss added of each step down the lower convex hull of a layer, the gentlest first."""
+    steps = []
+    for place, following in pairwise(hull(choices)):
+        saved, lost = place.cost.macs - following.cost.macs, following.loss - place.loss
+        steps.append((lost / saved, saved, lost))
     return steps
 
 

@@ -16,7 +16,7 @@ from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Network, serialize
 from onnx_kfe.planning import FORMS, LayerProblem, Link, Plan, Stage, compose
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
-from onnx_kfe.rewrite._merge import MergePass
+from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
 
 __all__ = ["apply_plan", "sketch_plan", "solve_plan", "write_chains"]
 
@@ -86,12 +86,25 @@ def write_chains(network: Network, plan: Plan, statistics: Statistics | None, ch
     """
     model = network.model.clone()
     model = FactorizePass(chains)(model).model
-    if chains:  # the end of one chain may meet the beginning of the next
-        model = MergePass()(model).model
+    model = _merged(model, chains)
     model.metadata_props["onnx_kfe"] = _provenance(network, plan, statistics)
     model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
     _check(model, network.name)
     return model
+
+
+def _merged(model: ir.Model, chains: Mapping[str, Chain]) -> ir.Model:
+    """Make one of the end of a chain and the beginning of the next where they meet and that is smaller."""
+
+    def chain_of(node: ir.Node) -> str | None:
+        named = (name for name, chain in chains.items() if (node.name or "").startswith(f"{name}/{chain.form}_"))
+        return next(named, None)
+
+    def cheaper(merge: Merge) -> bool:
+        first, second = chain_of(merge.first), chain_of(merge.second)
+        return first is not None and second is not None and first != second and is_smaller(merge)
+
+    return MergePass(cheaper)(model).model if chains else model
 
 
 def sketch_plan(network: Network, plan: Plan) -> ir.Model:

@@ -68,7 +68,7 @@ def test_the_written_model_meets_the_budgets(network, budgets):
 
 
 def test_no_budget_no_plan(network):
-    with pytest.raises(UsageError, match="give a budget: --macs or --params"):
+    with pytest.raises(UsageError, match="give a budget: --macs, --params or --latency"):
         make_plan(network, statistics_of(network), [])
     with pytest.raises(UsageError, match="--round-to 0"):
         make_plan(network, statistics_of(network), [Macs(0.8)], round_to=0)

@@ -13,7 +13,7 @@ from onnx_ir.passes import PreconditionError
 
 from onnx_kfe.graph import count_macs, count_parameters, open_network
 from onnx_kfe.planning import FORMS, Candidate, Plan, network_cost
-from onnx_kfe.rewrite import Merge, MergePass, apply_plan, is_smaller
+from onnx_kfe.rewrite import FactorizePass, Merge, MergePass, is_smaller, solve_plan, write_chains
 from tests.tiny import node, run, tiny, weights
 
 Arrays = dict[str, np.ndarray]
@@ -541,7 +541,9 @@ def test_a_linear_bottleneck_of_two_factorised_layers():
     choices = {
         layer.name: Candidate("two_factor", ranks, form.cost(layer.geometry, ranks), 0.0) for layer in network.prunable
     }
-    factorised, _ = apply_plan(network, Plan(network.fingerprint, choices, network_cost(network)), None)
+    plan = Plan(network.fingerprint, choices, network_cost(network))
+    chains, _ = solve_plan(network, plan, None)
+    factorised = FactorizePass(chains)(network.model.clone()).model
     before = ir.to_proto(factorised)
     merged, declined, _ = merge(before, is_smaller)
     shapes = [[initializers(model)[each.input[1]].shape[:2] for each in model.graph.node[:-1]]
@@ -552,3 +554,7 @@ def test_a_linear_bottleneck_of_two_factorised_layers():
     after = ir.from_proto(merged)
     assert count_macs(factorised) - count_macs(after) == 120 * 110
     assert count_parameters(factorised) - count_parameters(after) == 120 + 12 - 5
+    written = ir.to_proto(write_chains(network, plan, None, chains))
+    assert [initializers(written)[each.input[1]].shape for each in written.graph.node[:-1]] == [
+        initializers(merged)[each.input[1]].shape for each in merged.graph.node[:-1]
+    ]
