@@ -4,7 +4,8 @@ from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, c
 from onnx_kfe.planning._bandit import Refinement, arms_around, refine
 from onnx_kfe.planning._budget import Budget, Latency, Macs, Milliseconds, Params, describe
 from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost, compose, dense_cost, dense_link, sized
-from onnx_kfe.planning._forms import FORMS, Form, rank_grid
+from onnx_kfe.planning._form import Form, rank_grid
+from onnx_kfe.planning._forms import FORMS
 from onnx_kfe.planning._latency import DEFAULT_ROUND_TO, LatencyModel, measure_latency_model
 from onnx_kfe.planning._plan import Plan, Planner, make_plan, network_cost
 from onnx_kfe.planning._problem import GroupProblem, LayerProblem

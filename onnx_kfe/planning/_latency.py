@@ -56,8 +56,9 @@ class LatencyModel:
         return round(_NANO * total)
 
     def dense(self, layer: Layer) -> int:
-        """Latency of a layer as it is."""
-        assert layer.geometry is not None
+        """Latency of a layer as it is, 0 where it could not be measured."""
+        if layer.geometry is None or not _measurable(layer):
+            return 0
         found = self.nanoseconds(layer, [dense_link(layer.geometry)])
         return 0 if isinstance(found, Refusal) else found
 
@@ -137,17 +138,17 @@ def measure_latency_model(
         UsageError: A provider is not available.
     """
     known = _Known(Stopwatch(providers, threads), LatencyCache(providers, threads), progress)
-    layers = [layer for layer in network.prunable if layer.geometry is not None]
-    probes = {layer: _probe(layer, batch) for layer in _costliest(layers)}
+    layers = [layer for layer in network.layers if _measurable(layer)]
+    probes = {layer.name: (layer.op_type, _probe(layer, batch)) for layer in _costliest(network.prunable)}
     if round_to is None:
-        known.measure(workload for probe in probes.values() for workload in probe.values())
-        units = {layer.op_type: _unit(probe, known) for layer, probe in probes.items()}
+        known.measure(workload for _, probe in probes.values() for workload in probe.values())
+        units = {operator: _unit(probe, known) for operator, probe in probes.values()}
     else:
-        units = {layer.op_type: round_to for layer in probes}
+        units = {operator: round_to for operator, _ in probes.values()}
     wanted = [
         workload
         for layer in layers
-        for links in _sampled_chains(layer, units[layer.op_type])
+        for links in _sampled_chains(layer, units.get(layer.op_type, DEFAULT_ROUND_TO))
         for workload in workloads(layer, links, batch)
     ]
     known.measure(wanted)
@@ -179,12 +180,19 @@ class _Known:
         return found
 
 
+def _measurable(layer: Layer) -> bool:
+    """Whether the layer can be run alone: of known shape, with a constant weight."""
+    weight = layer.node.inputs[1]
+    constant = weight is not None and weight.const_value is not None
+    return constant and layer.geometry is not None and layer.op_type != "ConvTranspose"
+
+
 def _sampled_chains(layer: Layer, round_to: int) -> Iterator[list[Link]]:
     """The layer as it is, and each form at some ranks, the least and the greatest of the grid among them."""
     assert layer.geometry is not None
     yield [dense_link(layer.geometry)]
     for form in FORMS.values():
-        if form.limits(layer.geometry):
+        if layer.prunable and form.limits(layer.geometry):
             for ranks in itertools.product(*map(_spread, form.grids(layer.geometry, round_to))):
                 yield form.links(layer.geometry, ranks)
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
-from onnx_kfe.graph import Layer, Network, count_parameters, replace_whole
+from onnx_kfe.graph import Layer, Network, count_parameters, find_branches, replace_whole
 from onnx_kfe.kfe import Array
-from onnx_kfe.planning._allocation import DENSE, Candidate, allocate, candidates, frontier, worthwhile
+from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, candidates, frontier, worthwhile
 from onnx_kfe.planning._budget import Budget, Latency, describe
 from onnx_kfe.planning._chain import Cost, dense_cost
 from onnx_kfe.planning._forms import FORMS
 from onnx_kfe.planning._latency import DEFAULT_ROUND_TO, LatencyModel
 from onnx_kfe.planning._problem import LayerProblem
+from onnx_kfe.planning._removal import removal_loss, removals
 
 __all__ = ["DEFAULT_ROUND_TO", "Plan", "Planner", "make_plan", "network_cost"]
 
@@ -52,6 +53,12 @@ class Plan:
         return {name: choice for name, choice in self.choices.items() if choice.form != DENSE}
 
     @property
+    def removed(self) -> list[str]:
+        """The last layers of the residual branches that are left out."""
+        covered = {name for choice in self.choices.values() for name in choice.removes}
+        return [name for name, choice in self.choices.items() if choice.form == REMOVED and name not in covered]
+
+    @property
     def predicted_loss(self) -> float:
         """Summed predicted loss in nats per sample."""
         return sum(choice.loss for choice in self.choices.values())
@@ -66,6 +73,7 @@ class Plan:
                 name: {
                     "form": choice.form, "ranks": list(choice.ranks), "macs": choice.cost.macs,
                     "parameters": choice.cost.parameters, "predicted_loss": choice.loss,
+                    **({"removes": list(choice.removes)} if choice.removes else {}),
                 }
                 for name, choice in self.choices.items()
             },
@@ -91,6 +99,7 @@ class Plan:
         choices = {
             name: _checked(f"{path}: layer '{name}'", layers.get(name), entry) for name, entry in data["layers"].items()
         }
+        _check_removals(path, network, choices)
         return cls(network.fingerprint, choices, network_cost(network), data.get("budget", ""), data.get("skipped", {}))
 
 
@@ -113,10 +122,14 @@ def _checked(where: str, layer: Layer | None, entry: Any) -> Candidate:
     form, ranks = (entry.get("form"), entry.get("ranks", [])) if isinstance(entry, dict) else (None, [])
     if form == DENSE and layer.geometry is not None:
         return Candidate(DENSE, (), dense_cost(layer.geometry), 0.0)
+    loss = entry.get("predicted_loss") if isinstance(entry, dict) else None
+    known = float(loss) if isinstance(loss, int | float) else math.nan
+    if form == REMOVED:
+        return Candidate(REMOVED, (), Cost(0, 0), known, tuple(entry.get("removes", [])))
     if not layer.prunable or layer.geometry is None:
         raise UsageError(f"{where} cannot be pruned: {layer.reason}")
     if not isinstance(form, str) or form not in FORMS:
-        raise UsageError(f"{where}: unknown form {form!r}; it can be {', '.join((DENSE, *FORMS))}")
+        raise UsageError(f"{where}: unknown form {form!r}; it can be {', '.join((DENSE, REMOVED, *FORMS))}")
     limits = FORMS[form].limits(layer.geometry)
     if not limits:
         fitting = [name for name, other in FORMS.items() if other.limits(layer.geometry)]
@@ -126,9 +139,25 @@ def _checked(where: str, layer: Layer | None, entry: Any) -> Candidate:
     for rank, limit in zip(ranks, FORMS[form].limits(layer.geometry, ranks), strict=True):
         if not 1 <= rank <= limit:
             raise UsageError(f"{where}: rank {rank} of form '{form}' must be from 1 to {limit}")
-    loss = entry.get("predicted_loss")
-    known = float(loss) if isinstance(loss, int | float) else math.nan
+    if misfit := FORMS[form].misfit(layer.geometry, ranks):
+        raise UsageError(f"{where}: form '{form}': {misfit}")
     return Candidate(form, tuple(ranks), FORMS[form].cost(layer.geometry, ranks), known)
+
+
+def _check_removals(path: str | os.PathLike[str], network: Network, choices: Mapping[str, Candidate]) -> None:
+    """What is removed makes up whole residual branches."""
+    gone = {name for name, choice in choices.items() if choice.form == REMOVED}
+    if not gone:
+        return
+    branches = {branch.layer: set(branch.layers) for branch in find_branches(network)}
+    covered = {name for choice in choices.values() for name in choice.removes}
+    known = {layer.name for layer in network.layers}
+    for name in sorted(gone - covered):
+        wanted = {name, *choices[name].removes}
+        if branches.get(name) != wanted or not wanted & set(choices) <= gone or not wanted <= known:
+            raise UsageError(f"{path}: layer '{name}': removed and its 'removes' must be a whole residual branch")
+    if stray := sorted(covered & set(choices) - gone):
+        raise UsageError(f"{path}: layer '{stray[0]}' vanishes with another: its form must be '{REMOVED}'")
 
 
 def network_cost(network: Network) -> Cost:
@@ -164,6 +193,7 @@ class Planner:
         self._skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
         self._options: dict[str, Sequence[Candidate]] = {}
         self._latency_scale = 1.0  # what replacing layers changes the whole latency by, over what single layers say
+        losses = {}
         for layer in network.prunable:
             grid = round_to if latency is None else latency.round_to(layer)
             if statistics is None:
@@ -171,8 +201,11 @@ class Planner:
             elif layer.name in statistics.layers:
                 problem = LayerProblem(layer, statistics.layers[layer.name])
                 self._options[layer.name] = candidates(problem, grid, latency)
+                losses[layer.name] = removal_loss(problem)
             else:
                 self._skipped[layer.name] = statistics.skipped.get(layer.name, "no statistics were collected")
+        for name, removal in removals(network, losses, latency).items():
+            self._options[name] = [*self._options[name], removal]
 
     def plan(self, *budgets: Budget) -> Plan:
         """Choose form and ranks of each layer: least predicted loss under the budgets.
@@ -185,7 +218,7 @@ class Planner:
             raise UsageError("give a budget: --macs, --params or --latency")
         if self._latency is None and any(isinstance(budget, Latency) for budget in budgets):
             raise UsageError(f"{describe(budgets)}: no latency was measured")
-        options = {name: worthwhile(self._scaled(choices), budgets) for name, choices in self._options.items()}
+        options = {name: worthwhile(self._scaled(name), budgets) for name in self._options}
         try:
             choices = allocate(options, budgets, *self.costs())
         except BudgetError as error:
@@ -225,13 +258,16 @@ class Planner:
         self._latency_scale *= factor
         return factor != 1
 
-    def _scaled(self, choices: Sequence[Candidate]) -> list[Candidate]:
-        dense = choices[0].cost.nanoseconds
+    def _scaled(self, name: str) -> list[Candidate]:
+        """The options of a layer with latencies as corrected."""
 
-        def scaled(cost: Cost) -> Cost:
-            return replace(cost, nanoseconds=round(dense + self._latency_scale * (cost.nanoseconds - dense)))
+        def scaled(choice: Candidate) -> Candidate:
+            replaced = (self._options[other][0] for other in (name, *choice.removes) if other in self._options)
+            dense = sum(other.cost.nanoseconds for other in replaced)
+            nanoseconds = round(dense + self._latency_scale * (choice.cost.nanoseconds - dense))
+            return replace(choice, cost=replace(choice.cost, nanoseconds=nanoseconds))
 
-        return [replace(choice, cost=scaled(choice.cost)) for choice in choices]
+        return [scaled(choice) for choice in self._options[name]]
 
     def costs(self) -> tuple[Cost, Cost]:
         """Of the original, and of the normalised model."""

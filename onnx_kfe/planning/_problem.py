@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -44,6 +45,14 @@ class GroupProblem:
         self.output: Whitening = whiten(output_factor, _OUTPUT_DAMPING)
         self.output_factor = self.output.root @ self.output.root
         self._tucker_losses: dict[tuple[int, ...], list[Array]] = {}
+
+    @cached_property
+    def by_columns(self) -> GroupProblem:
+        """The same problem with the rows of the kernel among the input channels: ``[o, c * kh, kw]``."""
+        other = copy.copy(self)
+        other.weight = self.weight.reshape(len(self.weight), -1, self.weight.shape[-1])
+        other._tucker_losses = {}
+        return other
 
     @cached_property
     def factors(self) -> TwoFactor:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_kfe.graph import Branch, Layer, Network, find_branches
 from onnx_kfe.planning._allocation import REMOVED, Candidate
 from onnx_kfe.planning._chain import Cost, dense_cost
+from onnx_kfe.planning._latency import LatencyModel
 from onnx_kfe.planning._problem import LayerProblem
 
 __all__ = ["removal_loss", "removals"]
@@ -21,7 +22,9 @@ def removal_loss(problem: LayerProblem) -> float:
     return problem.loss(np.zeros_like(problem.weight))
 
 
-def removals(network: Network, losses: Mapping[str, float]) -> dict[str, Candidate]:
+def removals(
+    network: Network, losses: Mapping[str, float], latency: LatencyModel | None = None
+) -> dict[str, Candidate]:
     """The removal of each residual branch, a candidate of its last layer.
 
     Of two branches that end in the same sum only one is on offer, or nothing might be left to add: the one that loses
@@ -30,6 +33,7 @@ def removals(network: Network, losses: Mapping[str, float]) -> dict[str, Candida
     Args:
         network: The model.
         losses: `removal_loss` by name of the layers that have candidates of their own.
+        latency: Measured latencies.
 
     Returns:
         A candidate by name of the last layer, which allocation takes among that layer's others.
@@ -45,18 +49,22 @@ def removals(network: Network, losses: Mapping[str, float]) -> dict[str, Candida
         offered.setdefault(branch.sum, branch)
     found = {}
     for branch in offered.values():
-        rest = [_own_cost(layers[name], network.model.graph) for name in branch.layers if name not in losses]
-        cost = Cost(-sum(other.macs for other in rest), -sum(other.parameters for other in rest))
+        rest = [_own_cost(layers[name], network.model.graph, latency) for name in branch.layers if name not in losses]
+        cost = (
+            Cost(*(-sum(parts) for parts in zip(*map(dataclasses.astuple, rest), strict=True))) if rest else Cost(0, 0)
+        )
         others = tuple(name for name in branch.layers if name != branch.layer)
         found[branch.layer] = Candidate(REMOVED, (), cost, max(losses[branch.layer], 0.0), others)
     return found
 
 
-def _own_cost(layer: Layer, graph: ir.Graph) -> Cost:
+def _own_cost(layer: Layer, graph: ir.Graph, latency: LatencyModel | None) -> Cost:
     """What a layer costs, its weight counted only where that is a constant which no other node reads."""
     if layer.geometry is None:
         return Cost(0, 0)
     cost, weight = dense_cost(layer.geometry), layer.node.inputs[1]
     assert weight is not None
     own = graph.initializers.get(weight.name or "") is weight and len(weight.uses()) == 1
+    if latency is not None:
+        cost = dataclasses.replace(cost, nanoseconds=latency.dense(layer))
     return cost if own else dataclasses.replace(cost, parameters=0)

@@ -14,9 +14,10 @@ import onnx_kfe
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Network, serialize
-from onnx_kfe.planning import FORMS, LayerProblem, Link, Plan, Stage, compose
+from onnx_kfe.planning import FORMS, REMOVED, Candidate, LayerProblem, Link, Plan, Stage, compose
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
+from onnx_kfe.rewrite._remove import RemovePass
 
 __all__ = ["apply_plan", "sketch_plan", "solve_plan", "write_chains"]
 
@@ -58,14 +59,14 @@ def solve_plan(
         statistics.check_model(network.fingerprint, network.name)
     layers = {layer.name: layer for layer in network.layers}
     chains, losses = {}, {}
-    for name, choice in plan.changed.items():
+    for name, choice in _written(plan).items():
         if statistics is not None and name not in statistics.layers:
             raise KfeError(
                 f"the statistics lack layer '{name}' of the plan: {statistics.skipped.get(name, 'collect again')}"
             )
         problem = LayerProblem(layers[name], statistics.layers[name] if statistics is not None else None)
-        stages = FORMS[choice.form].stages(problem, choice.ranks)
-        approximation = compose(stages)
+        stages = [] if choice.form == REMOVED else FORMS[choice.form].stages(problem, choice.ranks)
+        approximation = compose(stages) if stages else np.zeros_like(problem.weight)
         chains[name] = Chain(layers[name], choice.form, stages, problem.bias(approximation))
         losses[name] = problem.loss(approximation)
         progress(name)
@@ -85,7 +86,9 @@ def write_chains(network: Network, plan: Plan, statistics: Statistics | None, ch
         KfeError: The graph that came out is invalid.
     """
     model = network.model.clone()
-    model = FactorizePass(chains)(model).model
+    removed = {name: chain.bias for name, chain in chains.items() if chain.form == REMOVED}
+    chains = {name: chain for name, chain in chains.items() if name not in removed}
+    model = FactorizePass(chains)(RemovePass(removed)(model).model).model
     model = _merged(model, chains)
     model.metadata_props["onnx_kfe"] = _provenance(network, plan, statistics)
     model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
@@ -112,12 +115,18 @@ def sketch_plan(network: Network, plan: Plan) -> ir.Model:
     layers = {layer.name: layer for layer in network.layers}
     random = np.random.default_rng(0)
     chains = {}
-    for name, choice in plan.changed.items():
+    for name, choice in _written(plan).items():
         geometry = layers[name].geometry
         assert geometry is not None
-        stages = [_noise(link, geometry, random) for link in FORMS[choice.form].links(geometry, choice.ranks)]
+        links = [] if choice.form == REMOVED else FORMS[choice.form].links(geometry, choice.ranks)
+        stages = [_noise(link, geometry, random) for link in links]
         chains[name] = Chain(layers[name], choice.form, stages, random.normal(size=geometry.out_channels))
     return write_chains(network, plan, None, chains)
+
+
+def _written(plan: Plan) -> dict[str, Candidate]:
+    """The changed layers, of each branch that is left out only the last one."""
+    return {name: choice for name, choice in plan.changed.items() if choice.form != REMOVED or name in plan.removed}
 
 
 def _noise(link: Link, geometry: Geometry, random: np.random.Generator) -> Stage:
