@@ -16,7 +16,7 @@ from onnx_kfe.graph import Layer, Network, serialize
 from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.recovery._samples import Activation, Block, Samples
 from onnx_kfe.recovery._segments import Frontier, ancestors, join
-from onnx_kfe.rewrite import Chain, FactorizePass
+from onnx_kfe.rewrite import Chain, FactorizePass, RemovePass
 from onnx_kfe.runtime import create_session
 
 __all__ = ["FEWEST_SAMPLES", "Lockstep"]
@@ -38,6 +38,7 @@ class Lockstep:
     Args:
         network: The original.
         layers: The layers that will be asked for, in order.
+        removed: The branches that are left out.
         kept: Where activations are kept.
         memory: Bytes that the columns of a layer may take.
         providers: Execution providers.
@@ -48,13 +49,15 @@ class Lockstep:
         self,
         network: Network,
         layers: Sequence[Layer],
+        removed: Sequence[Chain],
         kept: Activations,
         memory: int,
         providers: Sequence[str],
         threads: int | None,
     ) -> None:
         self._model = network.model
-        self._smaller_model = network.model.clone()
+        means = {chain.layer.name: chain.bias for chain in removed}
+        self._smaller_model = RemovePass(means, keep_sums=True)(network.model.clone()).model
         self._kept = kept
         self._sizes: list[int] = []
         self._memory = memory
@@ -131,10 +134,10 @@ class Lockstep:
         uses = list(output.uses())
         if len(uses) == 1 and uses[0].node.op_type == "Add":
             other = uses[0].node.inputs[1 - uses[0].idx]
-            if other is not None and not other.is_initializer() and _same_shape(output, other):
-                known = self._smaller.value(other.name or "")
-                if not {node.name for node in ancestors([known])} & set(self._ahead):
-                    return uses[0].node.outputs[0], known
+            known = None if other is None else self._smaller.find(other.name or "")
+            finished = known is not None and not {node.name for node in ancestors([known])} & set(self._ahead)
+            if other is not None and finished and _same_shape(output, other):
+                return uses[0].node.outputs[0], known
         return output, None
 
     def _session(self, model: ir.Model, layer: Layer, outputs: list[str], used: list[str]) -> tuple[Any, list[str]]:

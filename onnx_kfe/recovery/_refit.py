@@ -14,13 +14,13 @@ from onnx_kfe.calibration import Dataset, LayerStatistics, Statistics, batch_siz
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network
 from onnx_kfe.kfe import Array
-from onnx_kfe.planning import DENSE, FORMS, Candidate, LayerProblem, Plan, Stage, compose
+from onnx_kfe.planning import DENSE, FORMS, REMOVED, Candidate, LayerProblem, Plan, Stage, compose
 from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.recovery._checkpoint import Checkpoint
 from onnx_kfe.recovery._lockstep import FEWEST_SAMPLES, Lockstep
 from onnx_kfe.recovery._samples import Block, Samples
 from onnx_kfe.recovery._solve import InputMoments, fit
-from onnx_kfe.rewrite import Chain
+from onnx_kfe.rewrite import Chain, removed_chain
 
 __all__ = ["DEFAULT_MEMORY", "refit", "refusal"]
 
@@ -46,7 +46,8 @@ def refit(
     With ``x'`` the inputs of a layer in the smaller model as far as it is finished and y what the layer is to give, the
     weight is the ridge regression of y on ``x'``, with a mind to the activation that follows (see `fit`); it is
     compressed under the covariance of ``x'`` and the old G, and its last factor and bias are solved once more in the
-    same way. Layers that stay dense are solved anew as well: they take up part of the error.
+    same way. Layers that stay dense are solved anew as well: they take up part of the error. Branches that are left out
+    give their mean output, as they did in the original.
 
     Args:
         network: The original.
@@ -69,13 +70,18 @@ def refit(
     if reason := refusal(network, data):
         raise KfeError(f"{network.name}: cannot be refitted: {reason}; use --no-refit")
     first = next(iter(data))
-    layers = [layer for layer in _in_order(network) if layer.name in plan.choices and layer.name in statistics.layers]
+    known = [layer for layer in _in_order(network) if layer.name in plan.choices and layer.name in statistics.layers]
+    layers = [layer for layer in known if plan.choices[layer.name].form != REMOVED]
     size = batch_size(network, {name: array.shape for name, array in first.sample.items()})
     solved = Checkpoint(checkpoint, plan, statistics)
-    chains: dict[str, Chain] = {}
+    chains = {
+        layer.name: removed_chain(LayerProblem(layer, statistics.layers[layer.name]))
+        for layer in known
+        if layer.name in plan.removed
+    }
     columns = memory // 4
     with Activations(memory - columns) as kept:
-        models = Lockstep(network, layers, kept, columns, providers, threads)
+        models = Lockstep(network, layers, list(chains.values()), kept, columns, providers, threads)
         specs = input_specs(network.model)
         models.take(batches(data, size, specs), size > 1 and fixed_batch(specs) is None)
         for layer in layers:
@@ -114,6 +120,8 @@ def _refitted(layer: Layer, choice: Candidate, old: LayerStatistics, samples: Se
     means, covariances = zip(*(_pooled(*parts) for parts in moments), strict=True)
     problem = LayerProblem(layer, _with_inputs(old, np.stack(means), np.stack(covariances)), weight, bias)
     *encoder, decoder = stages = FORMS[choice.form].stages(problem, choice.ranks)
+    if decoder.reorders:  # no factor at the end to be solved again
+        return Chain(layer, choice.form, stages, problem.bias(compose(stages)))
     codes = [_encoded(weight, group) for weight, group in zip(compose(encoder), samples, strict=True)]
     moments = [_moments(group) for group in codes]
     bias = problem.bias(compose(stages))

@@ -40,8 +40,14 @@ class Frontier:
 
     def value(self, name: str) -> ir.Value:
         """The value of that name, as the graph is now."""
+        value = self.find(name)
+        assert value is not None
+        return value
+
+    def find(self, name: str) -> ir.Value | None:
+        """The value of that name, where there is one that is no constant."""
         outputs = (output for node in self.graph for output in node.outputs)
-        return next(value for value in (*self.graph.inputs, *outputs) if value.name == name)
+        return next((value for value in (*self.graph.inputs, *outputs) if value.name == name), None)
 
     def joint_name(self, value: ir.Value) -> str:
         """Name of a value beside those of another graph."""

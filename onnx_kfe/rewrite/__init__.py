@@ -1,6 +1,6 @@
 """Rewriting: plan in, smaller graph out."""
 
-from onnx_kfe.rewrite._apply import apply_plan, sketch_plan, solve_plan, write_chains
+from onnx_kfe.rewrite._apply import apply_plan, removed_chain, sketch_plan, solve_plan, write_chains
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
 from onnx_kfe.rewrite._remove import RemovePass
@@ -13,6 +13,7 @@ __all__ = [
     "RemovePass",
     "apply_plan",
     "is_smaller",
+    "removed_chain",
     "sketch_plan",
     "solve_plan",
     "write_chains",

@@ -14,12 +14,12 @@ import onnx_kfe
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Network, serialize
-from onnx_kfe.planning import FORMS, REMOVED, Candidate, LayerProblem, Link, Plan, Stage, compose
+from onnx_kfe.planning import FORMS, REMOVED, Candidate, LayerProblem, Link, Plan, Stage, compose, removal_loss
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
 from onnx_kfe.rewrite._remove import RemovePass
 
-__all__ = ["apply_plan", "sketch_plan", "solve_plan", "write_chains"]
+__all__ = ["apply_plan", "removed_chain", "sketch_plan", "solve_plan", "write_chains"]
 
 
 def apply_plan(
@@ -65,12 +65,21 @@ def solve_plan(
                 f"the statistics lack layer '{name}' of the plan: {statistics.skipped.get(name, 'collect again')}"
             )
         problem = LayerProblem(layers[name], statistics.layers[name] if statistics is not None else None)
-        stages = [] if choice.form == REMOVED else FORMS[choice.form].stages(problem, choice.ranks)
-        approximation = compose(stages) if stages else np.zeros_like(problem.weight)
-        chains[name] = Chain(layers[name], choice.form, stages, problem.bias(approximation))
-        losses[name] = problem.loss(approximation)
+        if choice.form == REMOVED:
+            chains[name] = removed_chain(problem)
+            losses[name] = removal_loss(problem)
+        else:
+            stages = FORMS[choice.form].stages(problem, choice.ranks)
+            approximation = compose(stages)
+            chains[name] = Chain(layers[name], choice.form, stages, problem.bias(approximation))
+            losses[name] = problem.loss(approximation)
         progress(name)
     return chains, losses
+
+
+def removed_chain(problem: LayerProblem) -> Chain:
+    """What stands for the last layer of a branch that is left out: its mean output, as a bias."""
+    return Chain(problem.layer, REMOVED, [], problem.bias(np.zeros_like(problem.weight)))
 
 
 def write_chains(network: Network, plan: Plan, statistics: Statistics | None, chains: Mapping[str, Chain]) -> ir.Model:

@@ -24,11 +24,13 @@ class RemovePass(InPlacePass):
 
     Args:
         removals: Mean output ``[out]`` by name of the last layer of a branch, as found by `find_branches`.
+        keep_sums: Add a constant of zero as well, so that all sums keep their names.
     """
 
-    def __init__(self, removals: Mapping[str, Array]) -> None:
+    def __init__(self, removals: Mapping[str, Array], *, keep_sums: bool = False) -> None:
         super().__init__()
         self.removals = dict(removals)
+        self.keep_sums = keep_sums
 
     def requires(self, model: ir.Model) -> None:
         """Every layer named is a node that goes straight into a residual sum, each into one of its own."""
@@ -46,7 +48,7 @@ class RemovePass(InPlacePass):
         """Remove the branches, those within others first."""
         editor = Editor(model.graph)
         for node in [node for node in model.graph if node.name in self.removals]:
-            _remove(editor, node, self.removals[node.name or ""])
+            _remove(editor, node, self.removals[node.name or ""], self.keep_sums)
         return PassResult(model, modified=bool(self.removals))
 
     def ensures(self, model: ir.Model) -> None:
@@ -56,7 +58,7 @@ class RemovePass(InPlacePass):
             raise PostconditionError(f"node {left[0]} was not removed")
 
 
-def _remove(editor: Editor, node: ir.Node, mean: Array) -> None:
+def _remove(editor: Editor, node: ir.Node, mean: Array, keep_sum: bool) -> None:
     junction, weight = find_junction(node), node.inputs[1]
     assert junction is not None
     assert weight is not None
@@ -64,7 +66,7 @@ def _remove(editor: Editor, node: ir.Node, mean: Array) -> None:
     addition = junction.addition
     dying = only_feeding(junction.branch)
     constant = mean if junction.bias is None else mean + initializer_array(junction.bias)
-    if np.any(constant):
+    if keep_sum or np.any(constant):
         shape = (1, -1, *(1,) * (len(weight.const_value.shape) - 2)) if node.op_type == "Conv" else (-1,)
         added = editor.constant(f"{weight.name or node.name}/mean", constant.reshape(shape), weight.const_value.dtype)
         addition.replace_input_with(addition.inputs.index(junction.branch), added)

@@ -13,8 +13,8 @@ import pytest
 import onnx_kfe as kfe
 from onnx_kfe.calibration import Dataset, batches, input_specs, open_dataset
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Network, open_network, serialize
-from onnx_kfe.planning import DENSE, Candidate, Plan, dense_cost, network_cost
+from onnx_kfe.graph import Network, find_branches, open_network, serialize
+from onnx_kfe.planning import DENSE, REMOVED, Candidate, Cost, Plan, dense_cost, network_cost
 from onnx_kfe.recovery import _lockstep, refit, refusal
 from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.rewrite import apply_plan, write_chains
@@ -71,6 +71,24 @@ def residual() -> tuple[Network, dict[str, np.ndarray], kfe.Statistics, Plan]:
     feeds = samples_of(case)
     statistics = kfe.collect(network, feeds)
     return network, feeds, statistics, kfe.plan(network, statistics, kfe.Macs(0.5), round_to=1)
+
+
+def test_the_others_make_up_for_a_branch_that_is_left_out(residual):
+    network, feeds, statistics, _ = residual
+    (branch, *_) = find_branches(network)
+    plan = dense_plan(network)
+    others = tuple(name for name in branch.layers if name != branch.layer)
+    for name in branch.layers:
+        plan.choices[name] = Candidate(REMOVED, (), Cost(0, 0), 0.0, others if name == branch.layer else ())
+    assert plan.removed == [branch.layer]
+    chains = refit(network, plan, statistics, dataset(network, feeds))
+    unseen = samples_of(load_case("residual-dynamo"), seed=1)
+    (wanted,) = outputs(serialize(network.original), unseen)
+    refitted = write_chains(network, plan, statistics, chains)
+    assert not set(branch.layers) & {node.name for node in refitted.graph}
+    (found,) = outputs(serialize(refitted), unseen)
+    (once,) = outputs(serialize(apply_plan(network, plan, statistics)[0]), unseen)
+    assert np.square(found - wanted).sum() < 0.8 * np.square(once - wanted).sum()
 
 
 def test_it_brings_unseen_outputs_nearer_to_the_original(residual):
@@ -232,7 +250,7 @@ def test_the_activation_is_what_alone_reads_the_output(after, bounds: tuple[floa
     network = open_network(model)
     x = np.random.default_rng(0).standard_normal((8, 4, 6, 6)).astype(np.float32)
     with Activations(2**30) as kept:
-        models = _lockstep.Lockstep(network, network.prunable, kept, 2**26, (), None)
+        models = _lockstep.Lockstep(network, network.prunable, [], kept, 2**26, (), None)
         models.take(batches(dataset(network, {"x": x}), 8, input_specs(network.model)), True)
         (samples,) = models.samples(network.prunable[0])
     assert (samples.activation.low, samples.activation.high) == bounds
