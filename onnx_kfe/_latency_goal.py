@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +13,16 @@ from onnx_kfe._measure import Machine
 from onnx_kfe.calibration import batches, fixed_batch, input_specs, synthetic_dataset
 from onnx_kfe.errors import BudgetError, KfeError
 from onnx_kfe.graph import Network, nominal_input_shapes, serialize
-from onnx_kfe.planning import Budget, Latency, LatencyModel, Plan, Planner, describe, measure_latency_model
+from onnx_kfe.planning import (
+    Budget,
+    Latency,
+    LatencyModel,
+    Milliseconds,
+    Plan,
+    Planner,
+    describe,
+    measure_latency_model,
+)
 from onnx_kfe.progress import Progress
 from onnx_kfe.rewrite import sketch_plan
 
@@ -25,7 +34,9 @@ _TOLERANCE = 0.05
 _AIM = 0.01
 """Share of the goal that a plan may be off without another try."""
 
-_MOST_LAPS = 5
+_MOST_LAPS = 6
+_SAME_AIM = 1e-3
+_LEAST_STEP = 0.1  # share of a bracket by which the next try keeps away from its ends
 _SECONDS = 2.0  # for each model of a race
 _NOISY = 0.1  # spread of the ratio, above which a latency cannot be told to the tolerance
 
@@ -92,7 +103,7 @@ class Stadium:
                 shown = 100 * done // total
 
             return measure_latency_model(
-                self._network, original, original * float(np.median(ratios)), batch=self.batch,
+                self._network, original, original * float(np.median(ratios)), self._feeds, batch=self.batch,
                 providers=self._machine.providers, threads=self._machine.threads, round_to=round_to, progress=show,
             )  # fmt: skip
 
@@ -103,7 +114,7 @@ def meet(
     """The plan of least predicted loss whose model is as fast as is asked.
 
     A sketch of the model (the weights do not matter) is timed against the original. Where it misses the goal, or is
-    faster than it need be, what replacing layers changes is scaled to what was measured, and the plan is made anew.
+    faster than it need be, the plan is made anew for a latency as much lower or higher, a few times.
 
     Args:
         network: The model.
@@ -116,42 +127,67 @@ def meet(
         The plan and what was tried.
 
     Raises:
-        BudgetError: The budgets cannot be met, or the goal was missed in all of a few tries; the message has the best.
+        BudgetError: The goal was missed in all tries; the message has the best.
     """
-    original, _ = planner.costs()
+    original, dense = planner.costs()
     goal = min(b.limit(original.nanoseconds) for b in budgets if isinstance(b, Latency)) / original.nanoseconds
-    laps: list[Lap] = []
+    others = [budget for budget in budgets if not isinstance(budget, Latency)]
+    low = planner.least(Latency(1)) / original.nanoseconds
     tried: dict[Lap, Plan] = {}
-    while len(laps) < _MOST_LAPS:
-        try:
-            plan = planner.plan(*budgets)
-        except BudgetError:
-            if not laps:
-                raise
-            break  # after the correction nothing is fast enough
-        lap = _lap(planner, plan, stadium.time(sketch_plan(network, plan))[0])
-        progress.note(
-            f"timed: {lap.measured:.1%} of the original's latency ({lap.low:.1%} to {lap.high:.1%}), predicted "
-            f"{lap.predicted:.1%}; predicted loss {lap.predicted_loss:.2g}"
-        )
-        known = plan.changed in [other.changed for other in tried.values()]
-        laps.append(lap)
-        tried[lap] = plan
-        if known or abs(lap.measured / goal - 1) <= _AIM or not planner.correct_latency(plan, lap.measured):
+    known: dict[tuple[object, ...], Lap] = {}
+    aims: dict[float, float] = {dense.nanoseconds / original.nanoseconds: dense.nanoseconds / original.nanoseconds}
+    aim = max(goal, low)
+    for _ in range(2 * _MOST_LAPS):  # some of which may lead to the same plan
+        plan = planner.plan(*others, Milliseconds(1e-6 * (aim * original.nanoseconds + 1)))
+        key = tuple(plan.changed.items())
+        if key not in known:
+            known[key] = lap = _lap(planner, plan, stadium.time(sketch_plan(network, plan))[0])
+            tried[lap] = plan
+            progress.note(
+                f"timed: {lap.measured:.1%} of the original's latency ({lap.low:.1%} to {lap.high:.1%}), predicted "
+                f"{lap.predicted:.1%}; predicted loss {lap.predicted_loss:.2g}"
+            )
+        aims[aim] = known[key].measured
+        if abs(aims[aim] / goal - 1) <= _AIM or not plan.changed or len(tried) == _MOST_LAPS:
             break
-    met = [lap for lap in laps if lap.measured <= goal * (1 + _TOLERANCE)]
-    near = [lap for lap in met if lap.measured <= goal * (1 + _AIM)]
-    if not met:
-        best = min(laps, key=lambda lap: lap.measured)
-        noise = f"; the machine is noisy: {best.low:.1%} to {best.high:.1%}" if _noisy(best) else ""
-        raise BudgetError(
-            f"{describe(budgets)} was not reached in {len(laps)} tries: the fastest took {best.measured:.1%} of the "
-            f"original's latency{noise}"
-        )
-    chosen = min(near or met, key=lambda lap: lap.predicted_loss)
+        aim = max(_next_aim(aims, goal), low)
+        if min(abs(aim - other) for other in aims) < _SAME_AIM:
+            break
+    chosen = _chosen(list(tried), goal, f"{describe(budgets)}: {planner.bounds}")
     if _noisy(chosen):
         progress.note(f"the machine is noisy: ratios of latency from {chosen.low:.1%} to {chosen.high:.1%}")
-    return tried[chosen], laps
+    return replace(tried[chosen], budget=describe(budgets)), list(tried)
+
+
+def _next_aim(aims: Mapping[float, float], goal: float) -> float:
+    """The predicted latency at which the measured one should be the goal, linear between what was measured around it.
+
+    Args:
+        aims: Measured latency by predicted one.
+        goal: The latency wanted.
+    """
+    faster = max((aim for aim, measured in aims.items() if measured <= goal), default=None)
+    slower = min((aim for aim, measured in aims.items() if measured > goal and aim > (faster or 0)), default=None)
+    if slower is None:
+        return goal
+    if faster is None:  # below all that was tried: in proportion to the latest
+        (start, first), *_, (aim, measured) = aims.items()
+        return aim - (measured - goal) * (start - aim) / max(first - measured, _LEAST_STEP)
+    share = (goal - aims[faster]) / (aims[slower] - aims[faster])
+    return faster + min(max(share, _LEAST_STEP), 1 - _LEAST_STEP) * (slower - faster)
+
+
+def _chosen(laps: Sequence[Lap], goal: float, bounds: str) -> Lap:
+    """The lap of least loss that meets the goal, all but the tolerance where none is better."""
+    for allowed in (_AIM, _TOLERANCE):
+        if met := [lap for lap in laps if lap.measured <= goal * (1 + allowed)]:
+            return min(met, key=lambda lap: lap.predicted_loss)
+    best = min(laps, key=lambda lap: lap.measured)
+    noise = f"; the machine is noisy, that was {best.low:.1%} to {best.high:.1%}" if _noisy(best) else ""
+    raise BudgetError(
+        f"{bounds}; cannot be met: the fastest of {len(laps)} tries took {best.measured:.1%} of the original's "
+        f"latency{noise}"
+    )
 
 
 def _lap(planner: Planner, plan: Plan, ratios: np.ndarray) -> Lap:

@@ -13,7 +13,7 @@ from onnx_kfe.errors import KfeError, UsageError
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["create_session", "default_threads", "import_onnxruntime", "reason"]
+__all__ = ["create_session", "default_threads", "import_onnxruntime", "reason", "share_threads"]
 
 _FATAL_ONLY = 4  # what else ONNX Runtime would log comes as an exception too
 _PREFIX = re.compile(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )?")
@@ -39,6 +39,15 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def share_threads(threads: int | None) -> None:
+    """Make a pool of intra-operator threads for all sessions of this process, before the first one.
+
+    The threads of a session spin for a while after each run, so that those of several sessions in turn are in each
+    other's way; with a pool in common a session runs among others as it does alone.
+    """
+    import_onnxruntime().set_global_thread_pool_sizes(threads or default_threads(), 1)
+
+
 def create_session(
     model: bytes | str | Path,
     *,
@@ -46,6 +55,7 @@ def create_session(
     threads: int | None = None,
     optimize: bool = True,
     profile: Path | None = None,
+    shared_threads: bool = False,
 ) -> ort.InferenceSession:
     """Create an inference session.
 
@@ -55,6 +65,7 @@ def create_session(
         threads: Intra-operator threads; all cores when None.
         optimize: Whether ONNX Runtime may fuse and relayout the graph.
         profile: Path and beginning of the name of the file to which ``end_profiling`` writes what each node took.
+        shared_threads: Whether the session takes the threads of `share_threads` instead of some of its own.
 
     Raises:
         UsageError: A provider is not available here.
@@ -71,6 +82,8 @@ def create_session(
     options.log_severity_level = _FATAL_ONLY
     if not optimize:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if shared_threads:
+        options.use_per_session_threads = False
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     source = str(model) if isinstance(model, Path) else model

@@ -1,9 +1,10 @@
 """What a smaller model costs and what it gives: quality against labels or the original, latency, memory, size."""
 
-from onnx_kfe.evaluation._benchmark import Timing, benchmark, file_size, race
+from onnx_kfe.evaluation._benchmark import Timing, benchmark, file_size
 from onnx_kfe.evaluation._drop import METRICS, RATES, Drop, default_metric, measured_drop
 from onnx_kfe.evaluation._fidelity import HeadQuality, HeadSpec, Rate
 from onnx_kfe.evaluation._quality import Accuracy, Batch, Quality, evaluate
+from onnx_kfe.evaluation._race import race
 
 __all__ = [
     "METRICS",

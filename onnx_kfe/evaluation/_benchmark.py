@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +10,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnx_kfe.errors import KfeError, UsageError
-from onnx_kfe.evaluation._run import Model, open_model, run
+from onnx_kfe.errors import KfeError
+from onnx_kfe.evaluation._fresh import in_fresh_process
+from onnx_kfe.evaluation._race import race
+from onnx_kfe.evaluation._run import Model
 from onnx_kfe.runtime import default_threads
 
 
@@ -77,10 +73,7 @@ def benchmark(
     min_runs: int = 10,
     warmup: int = 3,
 ) -> list[Timing]:
-    """Time models against each other on the same inputs.
-
-    Each round runs every model, in an order that rotates from round to round, so that whatever else the machine does
-    falls on all of them and the ratio within a round is fair.
+    """Time models against each other on the same inputs, see `race`.
 
     Args:
         models: Name -> serialised model or its path; speed ratios are relative to the first.
@@ -128,27 +121,6 @@ def benchmark(
     return timings
 
 
-def race(
-    models: Mapping[str, Model],
-    feeds: Mapping[str, np.ndarray],
-    *,
-    providers: Sequence[str] = (),
-    threads: int | None = None,
-    seconds: float = 3.0,
-    min_runs: int = 10,
-    warmup: int = 3,
-) -> np.ndarray:
-    """Latencies ``[rounds, models]`` in seconds of models alternated, with the arguments of `benchmark`."""
-    if not models:
-        raise UsageError("there is no model to benchmark")
-    sessions = {name: open_model(f"model '{name}'", model, providers, threads) for name, model in models.items()}
-    _check_inputs(sessions)
-    for name, session in sessions.items():
-        for _ in range(max(warmup, 1)):  # also proves that the model takes these inputs
-            run(f"model '{name}'", session, feeds)
-    return _alternate(sessions, feeds, seconds * len(sessions), max(min_runs, 1))
-
-
 def file_size(model: Model) -> int:
     """Bytes of a model, with every external data file it refers to.
 
@@ -166,66 +138,9 @@ def file_size(model: Model) -> int:
         raise KfeError(f"cannot read the model {model}: {error}") from error
 
 
-def _check_inputs(sessions: Mapping[str, Any]) -> None:
-    inputs = {name: sorted(value.name for value in session.get_inputs()) for name, session in sessions.items()}
-    (first, expected), *others = inputs.items()
-    for name, own in others:
-        if own != expected:
-            raise KfeError(
-                f"models cannot be compared on different inputs: '{first}' takes {', '.join(expected) or 'none'}, "
-                f"'{name}' takes {', '.join(own) or 'none'}"
-            )
-
-
-def _alternate(
-    sessions: Mapping[str, Any], feeds: Mapping[str, np.ndarray], budget: float, min_runs: int
-) -> np.ndarray:
-    """Latencies [rounds, models] in seconds."""
-    turns = [(session, {i.name: feeds[i.name] for i in session.get_inputs()}) for session in sessions.values()]
-    rounds: list[list[float]] = []
-    stop = time.perf_counter() + budget
-    while len(rounds) < min_runs or time.perf_counter() < stop:
-        latency = [0.0] * len(turns)
-        for step in range(len(turns)):
-            turn = (step + len(rounds)) % len(turns)
-            session, own = turns[turn]
-            # Untimed: the other model's threads still spin and its weights fill the cache, which made the run that
-            # follows it up to 1.6 times as long as the steady latency.
-            session.run(None, own)
-            start = time.perf_counter()
-            session.run(None, own)
-            latency[turn] = time.perf_counter() - start
-        rounds.append(latency)
-    return np.array(rounds)
-
-
 def _measure_alone(
     name: str, model: Model, feeds: Mapping[str, np.ndarray], providers: Sequence[str], threads: int | None
 ) -> tuple[float, int | None]:
     """Load time and peak memory, from a process that has seen no other model."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx") if isinstance(model, bytes) else Path(model)
-        if isinstance(model, bytes):
-            path.write_bytes(model)
-        # By position: input names can be anything. Strings as fixed-width text: object arrays would be pickled.
-        arrays = [np.asarray(value, dtype=str) if value.dtype == object else value for value in feeds.values()]
-        np.savez(Path(folder, "feeds.npz"), *arrays)
-        request = {
-            "model": str(path.resolve()),
-            "feeds": str(Path(folder, "feeds.npz")),
-            "names": list(feeds),
-            "providers": list(providers),
-            "threads": threads,
-        }
-        child = subprocess.run(
-            [sys.executable, "-m", "onnx_kfe.evaluation._child", json.dumps(request)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-    if child.returncode:
-        reason = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-        raise KfeError(f"model '{name}' fails alone in a fresh process: {reason}")
-    answer = json.loads(child.stdout.splitlines()[-1])
+    answer = in_fresh_process("alone", {name: model}, feeds, providers, threads)
     return answer["load_time"], answer["peak_memory"]

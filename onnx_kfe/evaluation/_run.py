@@ -14,10 +14,12 @@ from onnx_kfe.runtime import create_session, reason
 Model = bytes | str | Path
 
 
-def open_model(what: str, model: Model, providers: Sequence[str], threads: int | None) -> Any:
+def open_model(
+    what: str, model: Model, providers: Sequence[str], threads: int | None, *, shared_threads: bool = False
+) -> Any:
     """Create a session; an error of loading names the model as `what`, one of the providers stays as it is."""
     try:
-        return create_session(model, providers=providers, threads=threads)
+        return create_session(model, providers=providers, threads=threads, shared_threads=shared_threads)
     except UsageError:
         raise
     except KfeError as error:

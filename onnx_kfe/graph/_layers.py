@@ -15,6 +15,7 @@ from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 __all__ = ["Geometry", "Layer", "count_macs", "count_parameters", "find_layers", "initializer_array"]
 
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_LARGEST_PATCH = 12_288  # whose covariance takes 1.2 GB in double precision, several times while it is decomposed
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 Array = npt.NDArray[np.float64]
 
@@ -195,6 +196,8 @@ def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | N
         return "depthwise"
     if min(geometry.out_channels // geometry.groups, geometry.patch_size) < 2:
         return "too small to factorise"
+    if geometry.patch_size > _LARGEST_PATCH:
+        return f"input covariance of {geometry.patch_size:,} x {geometry.patch_size:,} is too large"
     return None
 
 

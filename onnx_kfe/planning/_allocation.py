@@ -24,12 +24,13 @@ from onnx_kfe.planning._latency import LatencyModel
 from onnx_kfe.planning._problem import LayerProblem
 from onnx_kfe.planning._stopwatch import Refusal
 
-__all__ = ["DENSE", "REMOVED", "Candidate", "allocate", "candidates", "frontier", "hull", "worthwhile"]
+__all__ = ["DENSE", "REMOVED", "Candidate", "allocate", "candidates", "frontier", "hull", "least", "worthwhile"]
 
 DENSE = "dense"
 REMOVED = "removed"
 _RELATIVE_GAP = 1e-4
 _SECONDS = 10.0
+_SAME_SCALE = 100.0  # the largest loss over the total, up to which the total is exact enough
 _TOLERANCE = 1e-6  # of HiGHS, on a constraint
 _INFEASIBLE = 2  # status of `milp`
 _STDOUT = 1
@@ -129,7 +130,7 @@ def allocate(
         if (least := knapsack.least(budget)) > budget.limit(budget.of(original)):
             possible = budget.meeting(least, budget.of(original))
             raise BudgetError(f"{budget} cannot be met: the smallest this model can become is {possible}")
-    chosen = knapsack.solve(np.array([candidate.loss for _, candidate in knapsack.flat]), budgets)
+    chosen = knapsack.least_loss(budgets)
     if chosen is None:
         *held, last = budgets
         smallest = knapsack.solve(knapsack.change(last), held)
@@ -139,6 +140,11 @@ def allocate(
         )
     taken = dict(itertools.compress(knapsack.flat, chosen))
     return {name: taken.get(name, Candidate(REMOVED, (), Cost(0, 0), 0.0)) for name in options}
+
+
+def least(options: Mapping[str, Sequence[Candidate]], budget: Budget, original: Cost, dense: Cost) -> int:
+    """The least of a budget's resource that the whole model can cost, with the arguments of `allocate`."""
+    return _Knapsack(options, original, dense).least(budget)
 
 
 def frontier(options: Mapping[str, Sequence[Candidate]], original: Cost) -> tuple[Array, Array]:
@@ -214,16 +220,34 @@ class _Knapsack:
                     cheapest[row] = 0.0
         return budget.of(self._dense) + int(sum(cheapest))
 
-    def solve(self, objective: Array, budgets: Sequence[Budget]) -> npt.NDArray[np.bool_] | None:
-        """Which candidates minimise the objective, None where no choice meets the budgets."""
+    def least_loss(self, budgets: Sequence[Budget]) -> npt.NDArray[np.bool_] | None:
+        """Which candidates lose least, None where no choice meets the budgets.
+
+        HiGHS tells totals apart only to a millionth of the largest loss, and the largest can be a million times what
+        matters. So it is solved again without the candidates that alone lose more than the answer did.
+        """
+        losses = np.array([candidate.loss for _, candidate in self.flat])
+        allowed = np.ones(len(losses), np.bool_)
+        while (chosen := self.solve(losses, budgets, allowed)) is not None:
+            total = losses[chosen].sum()
+            if losses[allowed].max() <= _SAME_SCALE * total:
+                break
+            allowed = losses <= total
+        return chosen
+
+    def solve(
+        self, objective: Array, budgets: Sequence[Budget], allowed: npt.NDArray[np.bool_] | None = None
+    ) -> npt.NDArray[np.bool_] | None:
+        """Which of the allowed candidates minimise the objective, None where no choice meets the budgets."""
         size = len(self.flat)
+        allowed = np.ones(size, np.bool_) if allowed is None else allowed
         columns = np.repeat(np.arange(size), [len(rows) for rows in self._rows])
         one_each = csr_array((np.ones(len(columns)), (np.concatenate(self._rows), columns)))
-        scaled = objective / max(np.abs(objective).max(), np.finfo(np.float64).tiny)
+        scaled = np.where(allowed, objective, 0) / max(np.abs(objective[allowed]).max(), np.finfo(np.float64).tiny)
         with _native_stdout_silenced():
             result = milp(
                 scaled, constraints=[LinearConstraint(one_each, 1, 1), *map(self._bound, budgets)],
-                integrality=np.ones(size, np.int64), bounds=Bounds(0, 1),
+                integrality=np.ones(size, np.int64), bounds=Bounds(0, allowed.astype(float)),
                 options={"mip_rel_gap": _RELATIVE_GAP, "time_limit": _SECONDS},
             )  # fmt: skip
         if result.x is None and result.status != _INFEASIBLE:

@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from onnx_kfe.graph import Layer, Network
 from onnx_kfe.planning._chain import Link, dense_link
 from onnx_kfe.planning._forms import FORMS
@@ -22,6 +24,7 @@ _UNITS = (32, 16, 8)  # widths of a step that are looked for, else 4
 _FINEST = 4
 _STEP_SHARE = 0.75  # of a step's cost that its first half must bring for the step to be one
 _MEASURED_RANKS = 5
+_SCALES = 0.4, 1.5  # of what a layer takes within the model; beyond, something else was measured
 _NANO = 1e9
 
 
@@ -36,6 +39,7 @@ class LatencyModel:
         normalized: The same of the normalised model, which all forms are written into; what no form replaces is the
             remainder of it.
         units: Multiples of channels that run fast, by operator.
+        scale: What a layer takes within the model, over what it takes alone.
     """
 
     network: Network
@@ -43,6 +47,7 @@ class LatencyModel:
     original: int
     normalized: int
     units: Mapping[str, int]
+    scale: float
     _tables: Mapping[Workload, _Table]
 
     def nanoseconds(self, layer: Layer, links: Sequence[Link]) -> int | Refusal:
@@ -53,7 +58,7 @@ class LatencyModel:
             if isinstance(found, Refusal):
                 return found
             total += found
-        return round(_NANO * total)
+        return round(_NANO * self.scale * total)
 
     def dense(self, layer: Layer) -> int:
         """Latency of a layer as it is, 0 where it could not be measured."""
@@ -111,6 +116,7 @@ def measure_latency_model(
     network: Network,
     original: float,
     normalized: float,
+    feeds: Mapping[str, np.ndarray],
     *,
     batch: int = 1,
     providers: Sequence[str] = (),
@@ -128,6 +134,7 @@ def measure_latency_model(
         network: The model.
         original: Seconds of a run of the whole model as it was given.
         normalized: Seconds of a run of the normalised model.
+        feeds: Inputs of the model.
         batch: Samples of a run.
         providers: Execution providers, CPU when empty.
         threads: Intra-operator threads, all cores when None.
@@ -137,27 +144,28 @@ def measure_latency_model(
     Raises:
         UsageError: A provider is not available.
     """
-    known = _Known(Stopwatch(providers, threads), LatencyCache(providers, threads), progress)
+    stopwatch = Stopwatch(providers, threads)
+    known = _Known(stopwatch, LatencyCache(providers, threads), progress)
     layers = [layer for layer in network.layers if _measurable(layer)]
-    probes = {layer.name: (layer.op_type, _probe(layer, batch)) for layer in _costliest(network.prunable)}
+    probes = [(layer.op_type, _probe(layer, batch)) for layer in _costliest(network.prunable)]
     if round_to is None:
-        known.measure(workload for _, probe in probes.values() for workload in probe.values())
-        units = {operator: _unit(probe, known) for operator, probe in probes.values()}
-    else:
-        units = {operator: round_to for operator, _ in probes.values()}
+        known.measure(workload for _, probe in probes for workload in probe.values())
+    units = {operator: round_to or _unit(probe, known) for operator, probe in probes}
     wanted = [
-        workload
+        list(workloads(layer, links, batch))
         for layer in layers
         for links in _sampled_chains(layer, units.get(layer.op_type, DEFAULT_ROUND_TO))
-        for workload in workloads(layer, links, batch)
     ]
-    known.measure(wanted)
+    known.measure(itertools.chain.from_iterable(wanted))
     tables: dict[Workload, _Table] = defaultdict(_Table)
-    for workload in wanted:
+    for workload in itertools.chain.from_iterable(wanted):
         tables[workload.family].add(workload, known.seconds(workload))
-    return LatencyModel(
-        network, batch, round(_NANO * original), round(_NANO * normalized), units, dict(tables)
-    )  # fmt: skip
+    alone = LatencyModel(network, batch, round(_NANO * original), round(_NANO * normalized), units, 1.0, dict(tables))
+    share, total = stopwatch.linear_share(network.model, feeds), sum(map(alone.dense, network.layers))
+    if share is None or not total:
+        return alone
+    low, high = _SCALES
+    return replace(alone, scale=min(max(share * alone.normalized / total, low), high))
 
 
 class _Known:

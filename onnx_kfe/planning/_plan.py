@@ -14,7 +14,7 @@ from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.graph import Layer, Network, count_parameters, find_branches, replace_whole
 from onnx_kfe.kfe import Array
-from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, candidates, frontier, worthwhile
+from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, candidates, frontier, least, worthwhile
 from onnx_kfe.planning._budget import Budget, Latency, describe
 from onnx_kfe.planning._chain import Cost, dense_cost
 from onnx_kfe.planning._forms import FORMS
@@ -25,7 +25,6 @@ from onnx_kfe.planning._removal import removal_loss, removals
 __all__ = ["DEFAULT_ROUND_TO", "Plan", "Planner", "make_plan", "network_cost"]
 
 _FORMAT = "onnx-kfe plan 1"
-_MOST_CORRECTION = 4.0  # of latencies, by one measurement
 _JUSTIFIED = 1e-3  # share of a weight's energy that may go when nothing but the weights is known
 
 
@@ -192,7 +191,6 @@ class Planner:
         self._network, self._latency, self._proven = network, latency, statistics is not None
         self._skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
         self._options: dict[str, Sequence[Candidate]] = {}
-        self._latency_scale = 1.0  # what replacing layers changes the whole latency by, over what single layers say
         losses = {}
         for layer in network.prunable:
             grid = round_to if latency is None else latency.round_to(layer)
@@ -218,11 +216,13 @@ class Planner:
             raise UsageError("give a budget: --macs, --params or --latency")
         if self._latency is None and any(isinstance(budget, Latency) for budget in budgets):
             raise UsageError(f"{describe(budgets)}: no latency was measured")
-        options = {name: worthwhile(self._scaled(name), budgets) for name in self._options}
+        options = {name: worthwhile(choices, budgets) for name, choices in self._options.items()}
         try:
             choices = allocate(options, budgets, *self.costs())
         except BudgetError as error:
-            raise BudgetError(self._explained(str(error), budgets)) from error
+            if self._proven:
+                raise
+            raise BudgetError(f"without data, {error}; give --data so that more can be justified") from error
         return self._plan(choices, describe(budgets))
 
     def smallest(self) -> Plan:
@@ -238,36 +238,17 @@ class Planner:
 
     def predicted_latency(self, plan: Plan) -> float:
         """Latency of a plan's model, as a fraction of the original's."""
-        assert self._latency is not None
-        dense = {name: found[0].cost.nanoseconds for name, found in self._options.items()}
-        changed = sum(choice.cost.nanoseconds - dense[name] for name, choice in plan.choices.items())
-        return (self._latency.normalized + changed) / self._latency.original
+        original, dense = self.costs()
+        changed = sum(
+            choice.cost.nanoseconds - self._options[name][0].cost.nanoseconds for name, choice in plan.changed.items()
+        )
+        return (dense.nanoseconds + changed) / original.nanoseconds
 
-    def correct_latency(self, plan: Plan, measured: float) -> bool:
-        """Learn from the latency that the model of a plan was measured to have, as a fraction of the original's.
-
-        Returns:
-            Whether that can change a plan.
-        """
-        assert self._latency is not None
-        start = self._latency.normalized / self._latency.original
-        predicted = self.predicted_latency(plan) - start
-        if predicted == 0:
-            return False
-        factor = min(max((measured - start) / predicted, 1 / _MOST_CORRECTION), _MOST_CORRECTION)
-        self._latency_scale *= factor
-        return factor != 1
-
-    def _scaled(self, name: str) -> list[Candidate]:
-        """The options of a layer with latencies as corrected."""
-
-        def scaled(choice: Candidate) -> Candidate:
-            replaced = (self._options[other][0] for other in (name, *choice.removes) if other in self._options)
-            dense = sum(other.cost.nanoseconds for other in replaced)
-            nanoseconds = round(dense + self._latency_scale * (choice.cost.nanoseconds - dense))
-            return replace(choice, cost=replace(choice.cost, nanoseconds=nanoseconds))
-
-        return [scaled(choice) for choice in self._options[name]]
+    def least(self, budget: Budget) -> int:
+        """The least of a budget's resource that any plan is predicted to take."""
+        return least(
+            {name: worthwhile(choices, [budget]) for name, choices in self._options.items()}, budget, *self.costs()
+        )
 
     def costs(self) -> tuple[Cost, Cost]:
         """Of the original, and of the normalised model."""
@@ -281,16 +262,14 @@ class Planner:
         original, _ = self.costs()
         return Plan(self._network.fingerprint, choices, original, budget, self._skipped)
 
-    def _explained(self, error: str, budgets: Sequence[Budget]) -> str:
-        """What bounds a latency, and where data would help."""
-        if not self._proven:
-            error = f"without data, {error}; give --data so that more can be justified"
-        if self._latency is not None and any(isinstance(budget, Latency) for budget in budgets):
-            error += (
-                f"; of the {1e-6 * self._latency.original:.3g} ms that the model takes, "
-                f"{self._latency.prunable_share:.0%} are in layers that can be pruned"
-            )
-        return error
+    @property
+    def bounds(self) -> str:
+        """What bounds a latency."""
+        assert self._latency is not None
+        return (
+            f"of the {1e-6 * self._latency.original:.3g} ms that the model takes, "
+            f"{self._latency.prunable_share:.0%} are in layers that can be pruned"
+        )
 
 
 def make_plan(

@@ -8,7 +8,7 @@ import re
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = ["Refusal", "Stopwatch"]
 
 _CPU = "CPUExecutionProvider"
 _EVENT = re.compile(r"w(\d+)/.*_kernel_time")
+_LINEAR = ("Conv", "Gemm", "MatMul")  # in names of operators, as fused ones have it too
 _FLOOR = "floor"
 _FLOORS = 8  # nodes that do nothing, beside the workloads of a session
 _NODES = 200  # of a session that does nothing but pass from node to node
@@ -72,6 +73,31 @@ class Stopwatch:
         graph.outputs.append(graph[-1].outputs[0])
         return float(np.median(self._timed(ir.Model(graph, ir_version=8)))) / _NODES
 
+    def linear_share(self, model: ir.Model, feeds: Mapping[str, np.ndarray]) -> float | None:
+        """Share of a model's run that convolutions and products take; None where no profile tells."""
+        if not self._profiles:
+            return None
+        plain = _steady(_run(self._session(serialize(model)), feeds))
+        seconds, operators = self._profile(model, feeds)
+        lengthened = max(sum(seconds.values()) - plain, 0.0) / max(len(seconds), 1)
+        rest = {name: max(value - lengthened, 0.0) for name, value in seconds.items()}
+        linear = sum(value for name, value in rest.items() if any(kind in operators[name] for kind in _LINEAR))
+        return linear / max(sum(rest.values()), plain)
+
+    def _profile(self, model: ir.Model, feeds: Mapping[str, np.ndarray]) -> tuple[dict[str, float], dict[str, str]]:
+        """Seconds and operator of each node, by name of its event."""
+        with tempfile.TemporaryDirectory(prefix="onnx-kfe-") as folder:
+            session = self._session(serialize(model), profile=Path(folder, "profile"))
+            rounds = len(_run(session, feeds))
+            events = json.loads(Path(session.end_profiling()).read_text())
+        durations: dict[str, list[float]] = defaultdict(list)
+        operators = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                durations[event["name"]].append(1e-6 * event["dur"])
+                operators[event["name"]] = event["args"]["op_name"]
+        return {name: _steady(values[-rounds:]) for name, values in durations.items()}, operators
+
     def _measured(self, part: Sequence[Workload]) -> list[float | Refusal]:
         try:
             return list(self._profiled(part)) if self._profiles else [self._alone(workload) for workload in part]
@@ -87,18 +113,10 @@ class Stopwatch:
         model = micro_model(part)
         _append_idle(model.graph, _FLOORS)
         model.graph.outputs.append(model.graph[-1].outputs[0])
-        with tempfile.TemporaryDirectory(prefix="onnx-kfe-") as folder:
-            session = self._session(serialize(model), profile=Path(folder, "profile"))
-            rounds = len(_run(session, model))
-            events = json.loads(Path(session.end_profiling()).read_text())
-        nodes: dict[str, list[float]] = defaultdict(list)
-        for event in events:
-            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                nodes[event["name"]].append(1e-6 * event["dur"])
-        steady = {name: _steady(durations[-rounds:]) for name, durations in nodes.items()}
-        floor = float(np.median([value for name, value in steady.items() if name.startswith(_FLOOR)]))
+        seconds, _ = self._profile(model, _random_feeds(model))
+        floor = float(np.median([value for name, value in seconds.items() if name.startswith(_FLOOR)]))
         totals = [0.0] * len(part)
-        for name, value in steady.items():
+        for name, value in seconds.items():
             if match := _EVENT.match(name):
                 place = int(match[1])
                 totals[place] += max(value - floor, 0.0) + self.step
@@ -115,7 +133,7 @@ class Stopwatch:
         return max(next(both) - next(both), self.step)
 
     def _timed(self, model: ir.Model) -> list[float]:
-        return _run(self._session(serialize(model)), model)
+        return _run(self._session(serialize(model)), _random_feeds(model))
 
 
 def _parts(given: Sequence[Workload]) -> Iterator[list[Workload]]:
@@ -143,14 +161,18 @@ def _append_idle(graph: ir.Graph, count: int) -> None:
         graph.append(node)
 
 
-def _run(session: Any, model: ir.Model) -> list[float]:
-    """Durations of whole runs in seconds, the first left out."""
+def _random_feeds(model: ir.Model) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     feeds = {}
     for value in model.graph.inputs:
         assert value.shape is not None
         assert value.dtype is not None
-        feeds[value.name] = random.normal(size=value.shape.numpy()).astype(value.dtype.numpy())
+        feeds[value.name or ""] = random.normal(size=value.shape.numpy()).astype(value.dtype.numpy())
+    return feeds
+
+
+def _run(session: Any, feeds: Mapping[str, np.ndarray]) -> list[float]:
+    """Durations of whole runs in seconds, the first left out."""
     durations: list[float] = []
     try:
         session.run(None, feeds)
