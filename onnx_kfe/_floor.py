@@ -13,8 +13,8 @@ import onnx_ir as ir
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, UsageError
 from onnx_kfe.evaluation import METRICS, RATES, Drop, Quality, default_metric, measured_drop
-from onnx_kfe.graph import Network, count_macs
-from onnx_kfe.planning import Attempt, Macs, Plan, Planner, meets, network_cost, search
+from onnx_kfe.graph import Network
+from onnx_kfe.planning import Attempt, Budget, Plan, Planner, meets, search
 from onnx_kfe.progress import Progress
 
 __all__ = ["Floor", "Judge", "Trial", "check_floor", "format_drop"]
@@ -46,6 +46,7 @@ class Floor:
     Attributes:
         max_drop: The largest drop allowed.
         metric: What it is a drop of, see `evaluation.METRICS`.
+        size: What was made small, in words.
         samples: How many samples, and which, it was measured on, in words.
         chosen: The model that was taken.
         curve: All models that were measured, the smallest first.
@@ -53,6 +54,7 @@ class Floor:
 
     max_drop: float
     metric: str
+    size: str
     samples: str
     chosen: Trial
     curve: tuple[Trial, ...]
@@ -61,7 +63,7 @@ class Floor:
         """Plain values for JSON; infinity, which JSON lacks, becomes None."""
         curve = [{**trial.as_dict(), "met": meets(trial, self.max_drop)} for trial in self.curve]
         return {
-            "max_drop": self.max_drop, "metric": self.metric, "samples": self.samples,
+            "max_drop": self.max_drop, "metric": self.metric, "size": self.size, "samples": self.samples,
             "chosen": self.chosen.as_dict(), "curve": curve,
         }  # fmt: skip
 
@@ -120,13 +122,19 @@ class Judge:
             self._check_resolution(quality, held_back)
 
     def smallest(
-        self, network: Network, planner: Planner, rewrite: Callable[[Plan], Rewritten], progress: Progress
+        self,
+        network: Network,
+        planner: Planner,
+        kind: type[Budget],
+        rewrite: Callable[[Plan], Rewritten],
+        progress: Progress,
     ) -> tuple[Plan, Rewritten, Floor]:
-        """Find the smallest model that meets the floor.
+        """Find the smallest, or fastest, model that meets the floor.
 
         Args:
             network: The original.
             planner: Plans for it.
+            kind: The budget that says what small is.
             rewrite: Makes the model of a plan.
             progress: Told of every model that was measured.
 
@@ -136,44 +144,41 @@ class Judge:
         Raises:
             BudgetError: No smaller model meets the floor; the message has the best that was found.
         """
-        original = network_cost(network).macs
         trials: dict[tuple[object, ...], Trial] = {}
         made: dict[Trial, tuple[Plan, Rewritten]] = {}
 
         def attempt(budget: float) -> Trial:
-            plan = planner.plan(Macs(round(budget * original)))
+            plan = planner.plan(kind(budget))
             plan = dataclasses.replace(plan, budget=f"--max-drop {self._max_drop:g} --metric {self._metric}")
             key = tuple(plan.changed.items())
             if not key:
                 return Trial(1.0, 0.0, 0.0, 0.0, 0.0)
             if key not in trials:
                 model, losses = rewrite(plan)
-                fraction = count_macs(model, network.input_shapes) / original
+                fraction = planner.fraction(plan, kind)
                 trials[key] = trial = self._trial(fraction, plan.predicted_loss, model)
-                progress.note(f"attempt {len(trials)}: {self._described(trial)}")
+                progress.note(f"attempt {len(trials)}: {self._described(trial, kind)}")
                 if meets(trial, self._max_drop):
                     made.clear()  # each that meets the floor is smaller than those before it
                     made[trial] = plan, (model, losses)
             return trials[key]
 
-        _, best = search(attempt, planner.frontier(), self._max_drop)
+        _, best = search(attempt, planner.frontier(kind), self._max_drop)
         curve = tuple(sorted(trials.values(), key=lambda trial: trial.fraction))
         if best is None:
             least = min(curve, key=lambda trial: trial.drop, default=None)
-            found = f"the best found is {self._described(least)}" if least else "there is no smaller model"
+            found = f"the best found is {self._described(least, kind)}" if least else "there is no smaller model"
             raise BudgetError(f"--max-drop {self._max_drop:g} cannot be met on {self._samples}: {found}")
         plan, rewritten = made[best]
-        return plan, rewritten, Floor(self._max_drop, self._metric, self._samples, best, curve)
+        return plan, rewritten, Floor(self._max_drop, self._metric, kind.title, self._samples, best, curve)
 
     def _trial(self, fraction: float, predicted_loss: float, model: ir.Model) -> Trial:
         drop: Drop = measured_drop(self._measure(model), self._metric)
         return Trial(fraction, predicted_loss, drop.value, drop.low, drop.high)
 
-    def _described(self, trial: Trial) -> str:
-        drop = format_drop(self._metric, trial.drop)
-        return (
-            f"{trial.fraction:.1%} of the MACs, predicted loss {trial.predicted_loss:.2g}, {self._metric} drop {drop}"
-        )
+    def _described(self, trial: Trial, kind: type[Budget]) -> str:
+        drop = f"{self._metric} drop {format_drop(self._metric, trial.drop)}"
+        return f"{trial.fraction:.1%} of the {kind.title}, predicted loss {trial.predicted_loss:.2g}, {drop}"
 
     def _check_resolution(self, quality: Quality, held_back: float) -> None:
         """One decision is the smallest drop that samples can show."""

@@ -192,7 +192,7 @@ def _chosen(laps: Sequence[Lap], goal: float, bounds: str) -> Lap:
 
 def _lap(planner: Planner, plan: Plan, ratios: np.ndarray) -> Lap:
     low, median, high = (float(value) for value in np.quantile(ratios, [0.25, 0.5, 0.75]))
-    return Lap(planner.predicted_latency(plan), median, low, high, plan.predicted_loss)
+    return Lap(planner.fraction(plan, Latency), median, low, high, plan.predicted_loss)
 
 
 def _noisy(lap: Lap) -> bool:

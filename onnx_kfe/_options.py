@@ -59,6 +59,8 @@ _HEAD_HELP = "NAME=KIND of an output: categorical, bernoulli, gaussian, none."
 _DROP_HELP = "Find the smallest model that is no more than this worse, instead of a budget."
 _METRIC_HELP = f"What --max-drop is measured in: {', '.join(METRICS)}."
 _ROUND_HELP = f"Ranks are multiples of this, less in small layers: {DEFAULT_ROUND_TO}, or as measured for a latency."
+_KINDS: dict[str, type[Budget]] = {kind.option.removeprefix("--"): kind for kind in (Macs, Params, Latency)}
+_MINIMIZE_HELP = f"What --max-drop makes small: {', '.join(_KINDS)}."
 _PRESET_HELP = "Image preprocessing by name, e.g. imagenet, unit, raw."
 
 
@@ -143,11 +145,16 @@ class Floor:
 
     max_drop: Annotated[float | None, typer.Option("--max-drop", help=_DROP_HELP)] = None
     metric: Annotated[str | None, typer.Option("--metric", help=_METRIC_HELP)] = None
+    minimize: Annotated[str | None, typer.Option("--minimize", help=_MINIMIZE_HELP)] = None
 
     @property
     def given(self) -> dict[str, Any]:
         """The keyword arguments of the API."""
-        return dataclasses.asdict(self)
+        if self.minimize is not None and self.minimize not in _KINDS:
+            raise UsageError(f"--minimize {self.minimize}: it can be {', '.join(_KINDS)}")
+        if self.minimize is not None and self.max_drop is None:
+            raise UsageError("--minimize says what --max-drop makes small: give --max-drop too")
+        return {"max_drop": self.max_drop, "metric": self.metric, "minimize": _KINDS[self.minimize or "macs"]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,13 +118,18 @@ class Pruning:
         model, losses = self._rewritten(plan, self.progress, self.recovery.checkpoint)
         return Result(self.network, model, plan, losses, self.statistics, source=self.source, laps=laps)
 
-    def smallest(self, judge: Judge, round_to: int | None) -> Result:
-        """The smallest model above a quality floor."""
+    def smallest(self, judge: Judge, kind: type[Budget], round_to: int | None) -> Result:
+        """The smallest model above a quality floor, small in what the budget is of."""
         assert self.statistics is not None
-        planner = Planner(self.network, self.statistics, round_to=round_to or DEFAULT_ROUND_TO)
+        latency = None
+        if issubclass(kind, Latency):
+            latency = Stadium(self.network, self.machine).measure(round_to, self.progress)
+        with self.progress.stage("planning"):
+            grid = round_to or DEFAULT_ROUND_TO
+            planner = Planner(self.network, self.statistics, round_to=grid, latency=latency)
         quiet = StagesOnly(self.progress)
         chosen, (model, losses), floor = judge.smallest(
-            self.network, planner, lambda plan: self._rewritten(plan, quiet, None), self.progress
+            self.network, planner, kind, lambda plan: self._rewritten(plan, quiet, None), self.progress
         )
         return Result(self.network, model, chosen, losses, self.statistics, source=self.source, floor=floor)
 

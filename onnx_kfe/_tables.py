@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from onnx_kfe._floor import Floor, format_drop
+from onnx_kfe._frontier import Point
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.console import print_line, print_renderable
 from onnx_kfe.evaluation import HeadQuality, Quality, Rate, Timing
@@ -21,6 +22,7 @@ from onnx_kfe.result import Result
 
 __all__ = [
     "layer_rows",
+    "show_frontier",
     "show_layers",
     "show_plan",
     "show_quality",
@@ -98,6 +100,19 @@ def show_plan(plan: Plan) -> None:
         table.add_row(name, choice.form, ranks, _si(cost.macs), _si(cost.parameters), f"{choice.loss:.1e}")
     print_renderable(table)
     _print_changes(plan)
+
+
+def show_frontier(points: Sequence[Point]) -> None:
+    """The models of `plan --frontier`."""
+    table = _table("latency asked", ">measured", ">speed", ">MACs", ">params", ">predicted", ">loss", ">same decision")
+    for point in points:
+        table.add_row(
+            f"{point.budget:.0%}", f"{point.latency:.0%}", f"{1 / point.latency:.2f}x", f"{point.macs:.0%}",
+            f"{point.parameters:.0%}", f"{point.predicted_loss:.2g}",
+            "" if point.measured_loss is None else f"{point.measured_loss:.2g}",
+            "" if point.agreement is None else f"{point.agreement:.1%}",
+        )  # fmt: skip
+    print_renderable(table)
 
 
 def show_result(result: Result) -> None:
@@ -212,7 +227,7 @@ def _print_ratio(ratio: float | None) -> None:
 
 def _print_floor(floor: Floor) -> None:
     """The curve of what was tried, and how sure the result is."""
-    table = _table("MACs kept", ">predicted loss", f">{floor.metric} drop", "95 % interval", "")
+    table = _table(f"{floor.size} kept", ">predicted loss", f">{floor.metric} drop", "95 % interval", "")
     for trial in floor.curve:
         drop, low, high = (format_drop(floor.metric, value) for value in (trial.drop, trial.low, trial.high))
         verdict = "taken" if trial == floor.chosen else "" if meets(trial, floor.max_drop) else "too much"

@@ -11,6 +11,7 @@ import typer
 import onnx_kfe as kfe
 from onnx_kfe import _options as options
 from onnx_kfe import _tables, console
+from onnx_kfe._frontier import check_plot, save_frontier
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.graph import check_output
@@ -22,6 +23,7 @@ __all__ = ["app", "main"]
 
 _INTERRUPTED = 130
 _DEMO_BUDGET = 0.5
+_FRONTIER_HELP = "Sweep the latency instead; -o is a plot (.png, .html) or .json; --data measures fidelity."
 _ClickError = cast(
     "type[Exception]", typer.BadParameter.__mro__[2]
 )  # click's ClickException, of whichever click this typer uses
@@ -132,16 +134,35 @@ def plan(
     stats: Annotated[Path, typer.Option("--stats", help="Statistics of this model.")],
     output: options.Output,
     budget: options.Budgets,
+    frontier: Annotated[bool, typer.Option("--frontier", help=_FRONTIER_HELP)] = False,
+    data: options.Data = None,
+    images: options.Images,
     selection: options.Selection,
     machine: options.Machine,
     json: options.Json = False,
 ) -> None:
     """Choose form and ranks of each layer under a budget, into a file that can be edited."""
     check_output(output, model, stats)
-    chosen = kfe.plan(
-        selection.open(model), Statistics.load(stats), *budget.given, round_to=budget.round_to, batch=budget.batch,
-        progress=console.ShownProgress(), **machine.given,
-    )  # fmt: skip
+    shared = {
+        "round_to": budget.round_to, "batch": budget.batch, "progress": console.ShownProgress(), **machine.given
+    }  # fmt: skip
+    if frontier:
+        if budget.given:
+            raise UsageError("--frontier sweeps the latency by itself: drop the budgets")
+        check_plot(output)
+        points = kfe.frontier(
+            selection.open(model), Statistics.load(stats), data or None, images=images.given, **shared
+        )  # fmt: skip
+        save_frontier(points, model.name, output)
+        if json:
+            console.print_json([point.as_dict() for point in points])
+        else:
+            _tables.show_frontier(points)
+            console.print_line(f"written: {output}")
+        return
+    if data:
+        raise UsageError("--data is what --frontier measures on: a plan is made from the statistics")
+    chosen = kfe.plan(selection.open(model), Statistics.load(stats), *budget.given, **shared)
     chosen.save(output)
     if json:
         console.print_json({**chosen.as_dict(), "output": str(output)})

@@ -7,19 +7,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+import onnx_ir as ir
+
 from onnx_kfe import _prune
 from onnx_kfe._floor import check_floor
-from onnx_kfe._measure import Machine, benchmark, evaluate, note_skipped
+from onnx_kfe._frontier import Point, sweep
+from onnx_kfe._latency_goal import Stadium
+from onnx_kfe._measure import Machine, benchmark, evaluate, head_specs, measure_quality, note_skipped
 from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, divide, make_plan
 from onnx_kfe.calibration import Dataset, DataSource, ImageOptions, Statistics, input_specs, open_dataset
 from onnx_kfe.errors import BudgetError
+from onnx_kfe.evaluation import Quality
 from onnx_kfe.graph import ModelSource, Network, open_network
-from onnx_kfe.planning import Budget, Plan
-from onnx_kfe.progress import Progress
+from onnx_kfe.planning import Budget, Macs, Plan, Planner
+from onnx_kfe.progress import Progress, StagesOnly
 from onnx_kfe.recovery import DEFAULT_MEMORY
 from onnx_kfe.result import Result
+from onnx_kfe.rewrite import apply_plan
 
-__all__ = ["DEFAULT_BUDGET", "DEFAULT_SAMPLES", "benchmark", "collect", "evaluate", "inspect", "plan", "prune"]
+__all__ = [
+    "DEFAULT_BUDGET",
+    "DEFAULT_SAMPLES",
+    "benchmark",
+    "collect",
+    "evaluate",
+    "frontier",
+    "inspect",
+    "plan",
+    "prune",
+]
 
 DEFAULT_SAMPLES = 1024
 
@@ -120,6 +136,58 @@ def plan(
     return make_plan(network, statistics, budgets, machine, shown, round_to=round_to)[0]
 
 
+def frontier(
+    model: Source,
+    statistics: Statistics,
+    data: DataSource | Dataset | None = None,
+    *,
+    images: ImageOptions | None = None,
+    max_samples: int | None = DEFAULT_SAMPLES,
+    round_to: int | None = None,
+    providers: Sequence[str] = (),
+    threads: int | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> list[Point]:
+    """Sweep the latency budget: models from nearly the original's latency down to the fastest that there is.
+
+    Args:
+        model: The model that the statistics were collected on.
+        statistics: Its statistics.
+        data: Samples to measure fidelity to the original on, best such as the statistics were not collected on.
+        images: How images become inputs.
+        max_samples: At most this many samples.
+        round_to: Ranks are multiples of this; what was measured to run fast when None.
+        providers: Execution providers that a latency is of, CPU when empty.
+        threads: Threads that a latency is of, all cores when None.
+        batch: Samples of a run that a latency is of.
+        progress: Shows what is going on.
+
+    Returns:
+        The models, the slowest first, each with predicted loss and measured latency, without refit.
+
+    Raises:
+        KfeError: The statistics are of another model, or nothing in it can be made faster.
+    """
+    network = at_seen_shapes(inspect(model), statistics)
+    machine, shown = Machine(providers, threads, batch), progress or Progress()
+    measure = None
+    if data is not None:
+        specs = input_specs(network.model)
+        dataset = open_dataset(cast(DataSource, data), specs, images=images, max_samples=max_samples)
+        shown.note(dataset.describe())
+        heads = head_specs(statistics.heads, scaled=True)
+
+        def measure(smaller: ir.Model) -> Quality:
+            return measure_quality(network, smaller, dataset, heads, machine, StagesOnly(shown))
+
+    stadium = Stadium(network, machine)
+    planner = Planner(network, statistics, latency=stadium.measure(round_to, shown))
+    return sweep(
+        network, planner, stadium, lambda plan: apply_plan(network, plan, statistics)[0], measure, StagesOnly(shown)
+    )
+
+
 def prune(
     model: Source,
     data: DataSource | Dataset | Statistics | None = None,
@@ -141,6 +209,7 @@ def prune(
     checkpoint: str | os.PathLike[str] | None = None,
     max_drop: float | None = None,
     metric: str | None = None,
+    minimize: type[Budget] = Macs,
     measure: bool = True,
     progress: Progress | None = None,
 ) -> Result:
@@ -170,6 +239,7 @@ def prune(
         max_drop: Instead of a plan: find the smallest model that is no more than this worse than the original, on
             samples that neither the statistics nor the refit saw.
         metric: What `max_drop` is measured in: a key of `evaluation.METRICS`; None for the one that suits the model.
+        minimize: What is made as small as `max_drop` allows: `Macs`, `Params` or `Latency`.
         measure: Whether to measure quality and latency of the result.
         progress: Shows what is going on.
 
@@ -201,7 +271,7 @@ def prune(
     run = Pruning(network, model, samples, statistics, heads, machine, recovery, shown)
     judge = None if max_drop is None else run.judge(max_drop, metric)
     run.collect(seed)
-    result = run.smaller(plan, round_to) if judge is None else run.smallest(judge, round_to)
+    result = run.smaller(plan, round_to) if judge is None else run.smallest(judge, minimize, round_to)
     if measure:
         run.measure(result)
     return result

@@ -1,6 +1,6 @@
 """Planning: forms and their costs, budgets, allocation, the plan file."""
 
-from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, candidates, frontier
+from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, candidates
 from onnx_kfe.planning._bandit import Refinement, arms_around, refine
 from onnx_kfe.planning._budget import Budget, Latency, Macs, Milliseconds, Params, describe
 from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost, compose, dense_cost, dense_link, sized
@@ -42,7 +42,6 @@ __all__ = [
     "dense_cost",
     "dense_link",
     "describe",
-    "frontier",
     "make_plan",
     "measure_latency_model",
     "meets",

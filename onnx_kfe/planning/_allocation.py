@@ -8,7 +8,6 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from onnx_kfe.planning._latency import LatencyModel
 from onnx_kfe.planning._problem import LayerProblem
 from onnx_kfe.planning._stopwatch import Refusal
 
-__all__ = ["DENSE", "REMOVED", "Candidate", "allocate", "candidates", "frontier", "hull", "least", "worthwhile"]
+__all__ = ["DENSE", "REMOVED", "Candidate", "allocate", "candidates", "hull", "least", "worthwhile"]
 
 DENSE = "dense"
 REMOVED = "removed"
@@ -147,25 +146,6 @@ def least(options: Mapping[str, Sequence[Candidate]], budget: Budget, original: 
     return _Knapsack(options, original, dense).least(budget)
 
 
-def frontier(options: Mapping[str, Sequence[Candidate]], original: Cost) -> tuple[Array, Array]:
-    """The least loss that any number of MACs can be had for, were fractions of candidates allowed.
-
-    That is the linear relaxation, solved by going down the convex hulls of all layers in the order of their slopes
-    (Sinha and Zoltners, Operations Research 1979). No plan loses less, and the best ones little more, unless it removes
-    layers: removals, which belong to no single layer, are not counted.
-
-    Args:
-        options: Candidates by layer, the layer as it is among them.
-        original: Cost of the whole model.
-
-    Returns:
-        MACs of the whole model, rising, and the least loss at each in nats a sample, falling to 0; linear in between.
-    """
-    steps = sorted(step for choices in options.values() for step in _hull_steps(choices))
-    saved, lost = np.array([(0, 0.0), *((macs, loss) for _, macs, loss in steps)]).cumsum(0).T
-    return (original.macs - saved)[::-1], lost[::-1]
-
-
 def hull(choices: Sequence[Candidate]) -> list[Candidate]:
     """The candidates on the lower convex hull of a layer's loss against its MACs, from the layer as it is down."""
     own = [choice for choice in choices if choice.form != REMOVED]
@@ -177,15 +157,6 @@ def hull(choices: Sequence[Candidate]) -> list[Candidate]:
 
         found.append(min(cheaper, key=slope))
     return found
-
-
-def _hull_steps(choices: Sequence[Candidate]) -> list[tuple[float, int, float]]:
-    """Slope, MACs saved and loss added of each step down the lower convex hull of a layer, the gentlest first."""
-    steps = []
-    for place, following in pairwise(hull(choices)):
-        saved, lost = place.cost.macs - following.cost.macs, following.loss - place.loss
-        steps.append((lost / saved, saved, lost))
-    return steps
 
 
 class _Knapsack:

@@ -25,6 +25,7 @@ class Budget:
 
     resource = ""
     option = ""
+    title = ""
     margin = 0.0
     """Share of a layer's own cost that a form must save to be worth its place."""
 
@@ -56,6 +57,7 @@ class Macs(Budget):
 
     resource = "macs"
     option = "--macs"
+    title = "MACs"
 
 
 class Params(Budget):
@@ -63,6 +65,7 @@ class Params(Budget):
 
     resource = "parameters"
     option = "--params"
+    title = "parameters"
 
 
 class Latency(Budget):
@@ -70,6 +73,7 @@ class Latency(Budget):
 
     resource = "nanoseconds"
     option = "--latency"
+    title = "latency"
     margin = 0.03
 
     def __post_init__(self) -> None:

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.graph import Layer, Network, count_parameters, find_branches, replace_whole
 from onnx_kfe.kfe import Array
-from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, candidates, frontier, least, worthwhile
+from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, candidates, least, worthwhile
 from onnx_kfe.planning._budget import Budget, Latency, describe
 from onnx_kfe.planning._chain import Cost, dense_cost
 from onnx_kfe.planning._forms import FORMS
@@ -25,6 +27,8 @@ from onnx_kfe.planning._removal import removal_loss, removals
 __all__ = ["DEFAULT_ROUND_TO", "Plan", "Planner", "make_plan", "network_cost"]
 
 _FORMAT = "onnx-kfe plan 1"
+_FRONTIER_POINTS = 17
+_ROOM = 1e-6  # above the least, so that rounding does not take it away
 _JUSTIFIED = 1e-3  # share of a weight's energy that may go when nothing but the weights is known
 
 
@@ -230,19 +234,28 @@ class Planner:
         choices = {name: min(found, key=lambda c: (c.cost.macs, c.loss)) for name, found in self._options.items()}
         return self._plan(choices, "")
 
-    def frontier(self) -> tuple[Array, Array]:
-        """Fractions of the MACs, rising, and about the least predicted loss at each; see `frontier`."""
-        original, _ = self.costs()
-        macs, losses = frontier(self._options, original)
-        return macs / max(original.macs, 1), losses
+    def frontier(self, kind: type[Budget]) -> tuple[Array, Array]:
+        """The least predicted loss at every size of the model.
 
-    def predicted_latency(self, plan: Plan) -> float:
-        """Latency of a plan's model, as a fraction of the original's."""
+        Args:
+            kind: The budget that sizes are fractions of.
+
+        Returns:
+            Fractions of the original, rising to 1 from the least that there is, and the losses, falling to 0.
+        """
+        original, _ = self.costs()
+        smallest = self.least(kind(1)) / max(kind(1).of(original), 1)
+        fractions = np.linspace(min(smallest + _ROOM, 1.0), 1.0, _FRONTIER_POINTS)
+        losses = [self.plan(kind(float(fraction))).predicted_loss for fraction in fractions[:-1]]
+        return fractions, np.maximum.accumulate([0.0, *reversed(losses)])[::-1]
+
+    def fraction(self, plan: Plan, kind: type[Budget]) -> float:
+        """Size of a plan's model as a fraction of the original's, counted or predicted."""
         original, dense = self.costs()
         changed = sum(
-            choice.cost.nanoseconds - self._options[name][0].cost.nanoseconds for name, choice in plan.changed.items()
+            kind(1).of(choice.cost) - kind(1).of(self._options[name][0].cost) for name, choice in plan.changed.items()
         )
-        return (dense.nanoseconds + changed) / original.nanoseconds
+        return (kind(1).of(dense) + changed) / max(kind(1).of(original), 1)
 
     def least(self, budget: Budget) -> int:
         """The least of a budget's resource that any plan is predicted to take."""

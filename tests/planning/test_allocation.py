@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from onnx_kfe.errors import BudgetError, KfeError
-from onnx_kfe.planning import DENSE, FORMS, Candidate, Cost, Macs, Params, allocate, candidates, dense_cost, frontier
+from onnx_kfe.planning import DENSE, FORMS, Candidate, Cost, Macs, Params, allocate, candidates, dense_cost
 from onnx_kfe.planning import _allocation as allocation
 from tests.planning.problems import SHAPES, problem_of
 
@@ -198,23 +198,3 @@ def test_a_weight_of_low_rank_is_found_to_be_one():
     assert found[-1].loss == pytest.approx(0, abs=1e-12)
     chosen = allocate({"a": [dense, *found]}, [Macs(0.5)], dense.cost)
     assert chosen["a"].ranks == (1,)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_the_frontier_bounds_the_losses_of_all_choices(seed):
-    """It is the lower convex hull of what all choices together cost and lose, here enumerated."""
-    options, original = instance(seed)
-    macs, losses = frontier(options, original)
-    assert (macs[-1], losses[-1]) == (original.macs, 0)
-    assert (np.diff(macs) > 0).all()
-    assert (np.diff(losses) <= 0).all()
-    assert (np.diff(np.diff(losses) / np.diff(macs)) >= -1e-12).all()
-    points = []
-    for picks in itertools.product(*options.values()):
-        cost = cost_of(dict(zip(options, picks, strict=True)), options, original)
-        points.append((cost.macs, sum(pick.loss for pick in picks)))
-    spent, lost = np.array(points).T
-    assert macs[0] == spent.min()
-    assert (np.interp(spent, macs, losses) <= lost + 1e-9).all()
-    for corner in zip(macs, losses, strict=True):  # each one is a choice
-        assert np.abs(np.array(points) - corner).max(1).min() < 1e-6

@@ -22,7 +22,6 @@ from onnx_kfe.planning import (
     Macs,
     Params,
     allocate,
-    frontier,
     network_cost,
     removal_loss,
     removals,
@@ -181,13 +180,6 @@ def test_a_removal_may_save_less_than_what_lies_within_it():
     for limit, loss in ((20, 4.0), (89, 4.0), (90, 0.1), (299, 0.1)):
         chosen = allocate(options, [Macs(limit)], original)
         assert sum(choice.loss for choice in chosen.values()) == pytest.approx(loss)
-
-
-def test_the_frontier_leaves_removals_out():
-    made = instance(0)
-    plain = {name: [c for c in found if c.form != REMOVED] for name, found in made.options.items()}
-    for found, wanted in zip(frontier(made.options, made.original), frontier(plain, made.original), strict=True):
-        np.testing.assert_array_equal(found, wanted)
 
 
 def problems_of(network) -> dict[str, LayerProblem]:
