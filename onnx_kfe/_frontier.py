@@ -26,6 +26,7 @@ __all__ = ["PLOTS", "Point", "check_plot", "save_frontier", "sweep"]
 _POINTS = 8
 _SMALLEST = 0.2  # fraction of the latency below which no model is worth much
 _LARGEST = 0.95
+_ROOM = 1e-6  # above the least, so that rounding does not take it away
 _FLOOR = 1e-9  # nats that a logarithmic axis shows as nothing
 
 
@@ -83,7 +84,8 @@ def sweep(
     points: list[Point] = []
     seen: list[dict[str, Any]] = []
     with progress.stage("sweeping", _POINTS) as advance:
-        for budget in np.linspace(slowest, min(least + 1e-6, slowest), _POINTS):
+        for step in np.linspace(0, 1, _POINTS) ** 2:  # closer where models are still worth something
+            budget = slowest - step * max(slowest - least - _ROOM, 0.0)
             plan = planner.plan(Latency(float(budget)))
             if plan.changed and plan.changed not in seen:
                 seen.append(plan.changed)
@@ -148,10 +150,8 @@ def _png(points: Sequence[Point], name: str) -> bytes:
         right = axes.twinx()
         right.set_ylabel("same decision")
         right.plot(*zip(*agreements, strict=True), "s--", color="tab:green", label="same decision")
-        right.legend(loc="lower right")
     axes.grid(alpha=0.3)
-    if points:
-        axes.legend(loc="upper right")
+    figure.legend(loc="outside upper center", ncols=3)
     with io.BytesIO() as file:
         figure.savefig(file, format="png", dpi=150)
         return file.getvalue()

@@ -80,13 +80,14 @@ class Stadium:
         first = next(batches(samples, self.batch, specs), None)
         if first is None:
             raise KfeError(f"{network.name}: its latency cannot be measured on random inputs")
-        self._network, self._machine, self._feeds = network, machine, first.feeds
+        self._network, self._machine = network, machine
+        self.feeds = first.feeds
         self._original = serialize(network.original)
 
     def time(self, model: ir.Model) -> tuple[np.ndarray, float]:
         """Latency of a model over that of the original, by round, and the original's median in seconds."""
         rounds = evaluation.race(
-            {"original": self._original, "smaller": serialize(model)}, self._feeds,
+            {"original": self._original, "smaller": serialize(model)}, self.feeds,
             providers=self._machine.providers, threads=self._machine.threads, seconds=_SECONDS,
         )  # fmt: skip
         return rounds[:, 1] / rounds[:, 0], float(np.median(rounds[:, 0]))
@@ -103,7 +104,7 @@ class Stadium:
                 shown = 100 * done // total
 
             return measure_latency_model(
-                self._network, original, original * float(np.median(ratios)), self._feeds, batch=self.batch,
+                self._network, original, original * float(np.median(ratios)), self.feeds, batch=self.batch,
                 providers=self._machine.providers, threads=self._machine.threads, round_to=round_to, progress=show,
             )  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from onnx_kfe import recovery
+from onnx_kfe._bandit_search import DEFAULT_EVALUATIONS
 from onnx_kfe.calibration import ImageOptions, image_preset
 from onnx_kfe.errors import UsageError
 from onnx_kfe.evaluation import METRICS
@@ -35,6 +36,7 @@ __all__ = [
     "Providers",
     "Recovery",
     "Sampling",
+    "Search",
     "Selection",
     "flattened",
     "parse_bytes",
@@ -61,6 +63,7 @@ _METRIC_HELP = f"What --max-drop is measured in: {', '.join(METRICS)}."
 _ROUND_HELP = f"Ranks are multiples of this, less in small layers: {DEFAULT_ROUND_TO}, or as measured for a latency."
 _KINDS: dict[str, type[Budget]] = {kind.option.removeprefix("--"): kind for kind in (Macs, Params, Latency)}
 _MINIMIZE_HELP = f"What --max-drop makes small: {', '.join(_KINDS)}."
+_SEARCH_HELP = f"bandit: refine the plan by measuring models, {DEFAULT_EVALUATIONS} unless --evaluations says else."
 _PRESET_HELP = "Image preprocessing by name, e.g. imagenet, unit, raw."
 
 
@@ -155,6 +158,23 @@ class Floor:
         if self.minimize is not None and self.max_drop is None:
             raise UsageError("--minimize says what --max-drop makes small: give --max-drop too")
         return {"max_drop": self.max_drop, "metric": self.metric, "minimize": _KINDS[self.minimize or "macs"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How the plan is looked for."""
+
+    search: Annotated[str | None, typer.Option("--search", help=_SEARCH_HELP)] = None
+    evaluations: Annotated[int | None, typer.Option(min=1, help="Models that --search may measure.")] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments of the API."""
+        if self.search not in (None, "bandit"):
+            raise UsageError(f"--search {self.search}: it can be bandit")
+        if self.search is None and self.evaluations is not None:
+            raise UsageError("--evaluations is how much --search may measure: give --search bandit too")
+        return {"evaluations": None if self.search is None else self.evaluations or DEFAULT_EVALUATIONS}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from onnx_kfe import calibration, recovery
+from onnx_kfe._bandit_search import refine_plan
 from onnx_kfe._floor import Judge
 from onnx_kfe._latency_goal import Lap, Stadium, meet
 from onnx_kfe._measure import Machine, head_specs, measure_latency, measure_quality, note_skipped
@@ -106,15 +107,24 @@ class Pruning:
             if shortage := _shortage(self.network, self.statistics):
                 self.progress.note(shortage)
 
-    def smaller(self, plan: Plan | Budget | Sequence[Budget] | None, round_to: int | None) -> Result:
-        """The model of a plan, or of the plan for a budget."""
+    def smaller(
+        self, plan: Plan | Budget | Sequence[Budget] | None, round_to: int | None, evaluations: int | None
+    ) -> Result:
+        """The model of a plan, or of the plan for a budget, refined by so many evaluations."""
         laps: list[Lap] = []
         if not isinstance(plan, Plan):
             default = () if self.statistics is None else (DEFAULT_BUDGET,)
             budgets = [plan] if isinstance(plan, Budget) else list(plan or default)
-            plan, laps = make_plan(
+            plan, laps, planner = make_plan(
                 self.network, self.statistics, budgets, self.machine, self.progress, round_to=round_to
             )  # fmt: skip
+            if evaluations is not None:
+                assert self.statistics is not None
+                assert self.samples.used is not None
+                plan = refine_plan(
+                    self.network, planner, plan, budgets, self.statistics, self.samples.used, self.machine,
+                    evaluations, self.progress,
+                )  # fmt: skip
         model, losses = self._rewritten(plan, self.progress, self.recovery.checkpoint)
         return Result(self.network, model, plan, losses, self.statistics, source=self.source, laps=laps)
 
@@ -207,8 +217,8 @@ def make_plan(
     progress: Progress,
     *,
     round_to: int | None,
-) -> tuple[Plan, list[Lap]]:
-    """The plan for budgets, and the models that were timed for it where one is of latency.
+) -> tuple[Plan, list[Lap], Planner]:
+    """The plan for budgets, the models that were timed for it where one is of latency, and what made it.
 
     Raises:
         BudgetError: The budgets cannot be met.
@@ -220,8 +230,8 @@ def make_plan(
     with progress.stage("planning"):
         planner = Planner(network, statistics, round_to=round_to or DEFAULT_ROUND_TO, latency=latency)
         if stadium is None:
-            return (planner.plan(*budgets) if budgets or statistics else planner.smallest()), []
-    return meet(network, planner, budgets, stadium, progress)
+            return (planner.plan(*budgets) if budgets or statistics else planner.smallest()), [], planner
+    return *meet(network, planner, budgets, stadium, progress), planner
 
 
 def _shortage(network: Network, statistics: Statistics) -> str | None:

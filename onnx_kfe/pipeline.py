@@ -16,7 +16,7 @@ from onnx_kfe._latency_goal import Stadium
 from onnx_kfe._measure import Machine, benchmark, evaluate, head_specs, measure_quality, note_skipped
 from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, divide, make_plan
 from onnx_kfe.calibration import Dataset, DataSource, ImageOptions, Statistics, input_specs, open_dataset
-from onnx_kfe.errors import BudgetError
+from onnx_kfe.errors import BudgetError, UsageError
 from onnx_kfe.evaluation import Quality
 from onnx_kfe.graph import ModelSource, Network, open_network
 from onnx_kfe.planning import Budget, Macs, Plan, Planner
@@ -210,6 +210,7 @@ def prune(
     max_drop: float | None = None,
     metric: str | None = None,
     minimize: type[Budget] = Macs,
+    evaluations: int | None = None,
     measure: bool = True,
     progress: Progress | None = None,
 ) -> Result:
@@ -240,6 +241,8 @@ def prune(
             samples that neither the statistics nor the refit saw.
         metric: What `max_drop` is measured in: a key of `evaluation.METRICS`; None for the one that suits the model.
         minimize: What is made as small as `max_drop` allows: `Macs`, `Params` or `Latency`.
+        evaluations: Refine the plan by a factored bandit that measures at most so many models on minibatches of the
+            data (see `planning.refine`); None for the plan as predicted.
         measure: Whether to measure quality and latency of the result.
         progress: Shows what is going on.
 
@@ -249,6 +252,12 @@ def prune(
         UsageError: The arguments do not fit together.
     """
     check_floor(max_drop, metric, plan, data, evaluation_data)
+    if evaluations is not None and (isinstance(plan, Plan) or max_drop is not None or data is None):
+        raise UsageError(
+            "--search refines the plan for a budget on samples: give --data, and neither --plan nor --max-drop"
+        )
+    if evaluations is not None and isinstance(data, Statistics):
+        raise UsageError("--search measures models on samples: give --data beside the statistics")
     shown = progress or Progress()
     network = inspect(model)
     if not network.prunable:
@@ -271,7 +280,7 @@ def prune(
     run = Pruning(network, model, samples, statistics, heads, machine, recovery, shown)
     judge = None if max_drop is None else run.judge(max_drop, metric)
     run.collect(seed)
-    result = run.smaller(plan, round_to) if judge is None else run.smallest(judge, minimize, round_to)
+    result = run.smaller(plan, round_to, evaluations) if judge is None else run.smallest(judge, minimize, round_to)
     if measure:
         run.measure(result)
     return result

@@ -146,14 +146,20 @@ def least(options: Mapping[str, Sequence[Candidate]], budget: Budget, original: 
     return _Knapsack(options, original, dense).least(budget)
 
 
-def hull(choices: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates on the lower convex hull of a layer's loss against its MACs, from the layer as it is down."""
+def hull(choices: Sequence[Candidate], kind: type[Budget]) -> list[Candidate]:
+    """The candidates on the lower convex hull of a layer's loss against its cost, from the layer as it is down.
+
+    Args:
+        choices: Candidates of a layer, the layer as it is among them; removals are left out.
+        kind: The budget that says which cost.
+    """
+    cost = kind(1).of
     own = [choice for choice in choices if choice.form != REMOVED]
     found = [next(choice for choice in own if choice.form == DENSE)]
-    while cheaper := [choice for choice in own if choice.cost.macs < found[-1].cost.macs]:
+    while cheaper := [choice for choice in own if cost(choice.cost) < cost(found[-1].cost)]:
 
         def slope(choice: Candidate, start: Candidate = found[-1]) -> tuple[float, int]:
-            return (choice.loss - start.loss) / (start.cost.macs - choice.cost.macs), choice.cost.macs
+            return (choice.loss - start.loss) / (cost(start.cost) - cost(choice.cost)), cost(choice.cost)
 
         found.append(min(cheaper, key=slope))
     return found

@@ -35,6 +35,7 @@ from scipy.special import stdtrit
 
 from onnx_kfe.kfe import Array
 from onnx_kfe.planning._allocation import Candidate, hull
+from onnx_kfe.planning._budget import Budget, Macs
 
 __all__ = ["Refinement", "arms_around", "refine"]
 
@@ -111,8 +112,10 @@ def refine(
     return Refinement(proposal if better else dict(start), gain, error, rounds.evaluations, is_start=not better)
 
 
-def arms_around(options: Sequence[Candidate], start: Candidate, count: int) -> list[Candidate]:
-    """The start and up to `count` candidates nearest to it in MACs on the lower convex hull of loss against MACs.
+def arms_around(
+    options: Sequence[Candidate], start: Candidate, count: int, kind: type[Budget] = Macs
+) -> list[Candidate]:
+    """The start and up to `count` candidates nearest to it in cost on the lower convex hull of loss against cost.
 
     Half of them are cheaper and half dearer while there are both; an odd one is cheaper.
 
@@ -120,10 +123,12 @@ def arms_around(options: Sequence[Candidate], start: Candidate, count: int) -> l
         options: Candidates of a layer, the layer as it is among them.
         start: One of them, on the hull or not.
         count: How many besides the start.
+        kind: The budget that says which cost.
     """
-    others = [choice for choice in hull(options) if choice != start]  # dear to cheap
-    cheaper = [choice for choice in others if choice.cost.macs < start.cost.macs]
-    dearer = [choice for choice in others if choice.cost.macs >= start.cost.macs][::-1]
+    cost = kind(1).of
+    others = [choice for choice in hull(options, kind) if choice != start]  # dear to cheap
+    cheaper = [choice for choice in others if cost(choice.cost) < cost(start.cost)]
+    dearer = [choice for choice in others if cost(choice.cost) >= cost(start.cost)][::-1]
     nearest = [choice for choice in chain(*zip_longest(cheaper, dearer)) if choice is not None]
     return [start, *nearest[:count]]
 

@@ -194,20 +194,21 @@ class Planner:
             statistics.check_model(network.fingerprint, network.name)
         self._network, self._latency, self._proven = network, latency, statistics is not None
         self._skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
-        self._options: dict[str, Sequence[Candidate]] = {}
+        self.options: dict[str, Sequence[Candidate]] = {}
+        """Candidates by layer, the layer as it is first."""
         losses = {}
         for layer in network.prunable:
             grid = round_to if latency is None else latency.round_to(layer)
             if statistics is None:
-                self._options[layer.name] = _justified(LayerProblem(layer, None), grid, latency)
+                self.options[layer.name] = _justified(LayerProblem(layer, None), grid, latency)
             elif layer.name in statistics.layers:
                 problem = LayerProblem(layer, statistics.layers[layer.name])
-                self._options[layer.name] = candidates(problem, grid, latency)
+                self.options[layer.name] = candidates(problem, grid, latency)
                 losses[layer.name] = removal_loss(problem)
             else:
                 self._skipped[layer.name] = statistics.skipped.get(layer.name, "no statistics were collected")
         for name, removal in removals(network, losses, latency).items():
-            self._options[name] = [*self._options[name], removal]
+            self.options[name] = [*self.options[name], removal]
 
     def plan(self, *budgets: Budget) -> Plan:
         """Choose form and ranks of each layer: least predicted loss under the budgets.
@@ -220,7 +221,7 @@ class Planner:
             raise UsageError("give a budget: --macs, --params or --latency")
         if self._latency is None and any(isinstance(budget, Latency) for budget in budgets):
             raise UsageError(f"{describe(budgets)}: no latency was measured")
-        options = {name: worthwhile(choices, budgets) for name, choices in self._options.items()}
+        options = {name: worthwhile(choices, budgets) for name, choices in self.options.items()}
         try:
             choices = allocate(options, budgets, *self.costs())
         except BudgetError as error:
@@ -231,7 +232,7 @@ class Planner:
 
     def smallest(self) -> Plan:
         """Of each layer what has the fewest MACs."""
-        choices = {name: min(found, key=lambda c: (c.cost.macs, c.loss)) for name, found in self._options.items()}
+        choices = {name: min(found, key=lambda c: (c.cost.macs, c.loss)) for name, found in self.options.items()}
         return self._plan(choices, "")
 
     def frontier(self, kind: type[Budget]) -> tuple[Array, Array]:
@@ -253,14 +254,14 @@ class Planner:
         """Size of a plan's model as a fraction of the original's, counted or predicted."""
         original, dense = self.costs()
         changed = sum(
-            kind(1).of(choice.cost) - kind(1).of(self._options[name][0].cost) for name, choice in plan.changed.items()
+            kind(1).of(choice.cost) - kind(1).of(self.options[name][0].cost) for name, choice in plan.changed.items()
         )
         return (kind(1).of(dense) + changed) / max(kind(1).of(original), 1)
 
     def least(self, budget: Budget) -> int:
         """The least of a budget's resource that any plan is predicted to take."""
         return least(
-            {name: worthwhile(choices, [budget]) for name, choices in self._options.items()}, budget, *self.costs()
+            {name: worthwhile(choices, [budget]) for name, choices in self.options.items()}, budget, *self.costs()
         )
 
     def costs(self) -> tuple[Cost, Cost]:
