@@ -1,11 +1,13 @@
 """Rewriting: plan in, smaller graph out."""
 
+from onnx_kfe.rewrite._absorb import AbsorbPass
 from onnx_kfe.rewrite._apply import apply_plan, removed_chain, sketch_plan, solve_plan, write_chains
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
 from onnx_kfe.rewrite._remove import RemovePass
 
 __all__ = [
+    "AbsorbPass",
     "Chain",
     "FactorizePass",
     "Merge",

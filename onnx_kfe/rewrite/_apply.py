@@ -15,6 +15,7 @@ from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Network, serialize
 from onnx_kfe.planning import FORMS, REMOVED, Candidate, LayerProblem, Link, Plan, Stage, compose, removal_loss
+from onnx_kfe.rewrite._absorb import AbsorbPass
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
 from onnx_kfe.rewrite._remove import RemovePass
@@ -101,6 +102,7 @@ def write_chains(network: Network, plan: Plan, statistics: Statistics | None, ch
     model = _merged(model, chains)
     model.metadata_props["onnx_kfe"] = _provenance(network, plan, statistics)
     model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
+    model = AbsorbPass(lambda node: _chain_of(node, chains) is not None)(model).model
     _check(model, network.name)
     return model
 
@@ -108,15 +110,17 @@ def write_chains(network: Network, plan: Plan, statistics: Statistics | None, ch
 def _merged(model: ir.Model, chains: Mapping[str, Chain]) -> ir.Model:
     """Make one of the end of a chain and the beginning of the next where they meet and that is smaller."""
 
-    def chain_of(node: ir.Node) -> str | None:
-        named = (name for name, chain in chains.items() if (node.name or "").startswith(f"{name}/{chain.form}_"))
-        return next(named, None)
-
     def cheaper(merge: Merge) -> bool:
-        first, second = chain_of(merge.first), chain_of(merge.second)
+        first, second = _chain_of(merge.first, chains), _chain_of(merge.second, chains)
         return first is not None and second is not None and first != second and is_smaller(merge)
 
     return MergePass(cheaper)(model).model if chains else model
+
+
+def _chain_of(node: ir.Node, chains: Mapping[str, Chain]) -> str | None:
+    """Name of the layer whose chain a node was written for; None for other nodes."""
+    named = (name for name, chain in chains.items() if (node.name or "").startswith(f"{name}/{chain.form}_"))
+    return next(named, None)
 
 
 def sketch_plan(network: Network, plan: Plan) -> ir.Model:

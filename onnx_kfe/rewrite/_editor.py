@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.kfe import Array
 
-__all__ = ["Editor"]
+__all__ = ["Editor", "unclear_names"]
 
 
 class Editor:
@@ -67,6 +69,12 @@ class Editor:
         add.replace_input_with(place, self.constant(f"{addend.name}/{suffix}", moved, addend.const_value.dtype))
         self.drop_unused(addend)
         return True
+
+
+def unclear_names(graph: ir.Graph) -> list[str]:
+    """Names of nodes, empty ones among them, that are not the name of a single node, as in a normalised model."""
+    names = Counter(node.name or "" for node in graph)
+    return [name for name, count in names.items() if count > 1 or not name]
 
 
 def _names(graph: ir.Graph) -> set[str]:

@@ -9,7 +9,6 @@ there is a single head.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from onnx_kfe.kfe import Array
-from onnx_kfe.rewrite._editor import Editor
+from onnx_kfe.rewrite._editor import Editor, unclear_names
 from onnx_kfe.rewrite._pair import Pair, find_pair, is_linear, weight_shape
 
 __all__ = ["Merge", "MergePass", "is_smaller"]
@@ -85,8 +84,7 @@ class MergePass(InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """Every node has a name of its own, as in a normalised model."""
-        names = Counter(node.name or "" for node in model.graph)
-        if unclear := [name for name, count in names.items() if count > 1 or not name]:
+        if unclear := unclear_names(model.graph):
             raise PreconditionError(f"not the name of a single node: '{unclear[0]}'")
 
     def call(self, model: ir.Model) -> PassResult:
