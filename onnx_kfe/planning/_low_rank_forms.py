@@ -133,8 +133,10 @@ class Spatial(Form):
         return (min(geometry.in_channels // geometry.groups * high, geometry.out_channels // geometry.groups * wide),)
 
     def grids(self, geometry: Geometry, round_to: int) -> list[list[int]]:
-        """Few ranks: each costs an eigendecomposition."""
-        return [few(rank_grid(limit, round_to), _MOST_INPUT_RANKS) for limit in self.limits(geometry)]
+        """Few ranks, each costs an eigendecomposition, and none beyond those that save parameters."""
+        one = sum(link.parameters(geometry) for link in self.links(geometry, (1,)))
+        saving = -(-geometry.weight_parameters // one)
+        return [few(rank_grid(min(limit, saving), round_to), _MOST_INPUT_RANKS) for limit in self.limits(geometry)]
 
     def links(self, geometry: Geometry, ranks: Sequence[int]) -> list[Link]:
         codes = geometry.groups * ranks[0]

@@ -15,8 +15,7 @@ from onnx_kfe.planning._problem import LayerProblem
 
 __all__ = ["BlockDiagonal", "DepthwiseSeparable"]
 
-_MOST_RANKS = 8  # each is a decomposition of its own
-_WIDEST = 1.5  # ranks considered, over the larger number of channels: beyond it little is saved
+_MOST_RANKS = 5  # each is a decomposition of its own
 _MOST_GROUPS = 8
 _LARGEST = 2**16  # input times output channels beyond which pivoting takes too long
 
@@ -30,8 +29,8 @@ class DepthwiseSeparable(Form):
         return (geometry.patch_size,) if geometry.taps > 1 and geometry.groups == 1 else ()
 
     def grids(self, geometry: Geometry, round_to: int) -> list[list[int]]:
-        """Few ranks, up to somewhat more than there are channels."""
-        widest = int(_WIDEST * max(geometry.in_channels, geometry.out_channels))
+        """Few ranks, up to the larger number of channels: beyond it little is saved."""
+        widest = max(geometry.in_channels, geometry.out_channels) + 1
         return [few(rank_grid(min(limit, widest), round_to), _MOST_RANKS) for limit in self.limits(geometry)]
 
     def links(self, geometry: Geometry, ranks: Sequence[int]) -> list[Link]:
