@@ -89,7 +89,7 @@ def sweep(
             plan = planner.plan(Latency(float(budget)))
             if plan.changed and plan.changed not in seen:
                 seen.append(plan.changed)
-                ratios, _ = stadium.time(sketch_plan(network, plan))
+                ratios = stadium.time(sketch_plan(network, plan))
                 quality = None if measure is None else measure(rewrite(plan))
                 points.append(_point(planner, plan, float(budget), float(np.median(ratios)), quality))
             advance(1)

@@ -12,7 +12,7 @@ from onnx_kfe import evaluation
 from onnx_kfe._measure import Machine
 from onnx_kfe.calibration import batches, fixed_batch, input_specs, synthetic_dataset
 from onnx_kfe.errors import BudgetError, KfeError
-from onnx_kfe.graph import Network, nominal_input_shapes, serialize
+from onnx_kfe.graph import Branch, Network, find_branches, nominal_input_shapes, serialize
 from onnx_kfe.planning import (
     Budget,
     Latency,
@@ -24,7 +24,7 @@ from onnx_kfe.planning import (
     measure_latency_model,
 )
 from onnx_kfe.progress import Progress
-from onnx_kfe.rewrite import sketch_plan
+from onnx_kfe.rewrite import RemovePass, sketch_plan
 
 __all__ = ["Lap", "Stadium", "meet"]
 
@@ -38,6 +38,9 @@ _MOST_LAPS = 6
 _SAME_AIM = 1e-3
 _LEAST_STEP = 0.1  # share of a bracket by which the next try keeps away from its ends
 _SECONDS = 2.0  # for each model of a race
+_SECONDS_IN_A_CROWD = 0.7
+_MOST_BRANCHES = 16
+_ORIGINAL = "the original"  # a name that no layer has
 _NOISY = 0.1  # spread of the ratio, above which a latency cannot be told to the tolerance
 
 
@@ -84,17 +87,21 @@ class Stadium:
         self.feeds = first.feeds
         self._original = serialize(network.original)
 
-    def time(self, model: ir.Model) -> tuple[np.ndarray, float]:
-        """Latency of a model over that of the original, by round, and the original's median in seconds."""
-        rounds = evaluation.race(
-            {"original": self._original, "smaller": serialize(model)}, self.feeds,
-            providers=self._machine.providers, threads=self._machine.threads, seconds=_SECONDS,
-        )  # fmt: skip
-        return rounds[:, 1] / rounds[:, 0], float(np.median(rounds[:, 0]))
+    def time(self, model: ir.Model) -> np.ndarray:
+        """Latency of a model over that of the original, by round."""
+        rounds = self._race({"": model}, _SECONDS)
+        return rounds[:, 1] / rounds[:, 0]
 
     def measure(self, round_to: int | None, progress: Progress) -> LatencyModel:
-        """Measure the layers of the model and their forms."""
-        ratios, original = self.time(self._network.model)
+        """Measure the model, the same without each of its residual branches, its layers and their forms."""
+        network = self._network
+        branches = find_branches(network)[:_MOST_BRANCHES]
+        models = {"": network.model, **{branch.layer: _without(network, branch) for branch in branches}}
+        with progress.stage("measuring the model"):
+            rounds = self._race(models, _SECONDS if len(models) == 1 else _SECONDS_IN_A_CROWD)
+        original = float(np.median(rounds[:, 0]))
+        normalized, *others = original * np.median(rounds[:, 1:] / rounds[:, :1], 0)
+        savings = {branch.layer: float(normalized - without) for branch, without in zip(branches, others, strict=True)}
         with progress.stage("measuring layers", 100) as advance:
             shown = 0
 
@@ -104,9 +111,24 @@ class Stadium:
                 shown = 100 * done // total
 
             return measure_latency_model(
-                self._network, original, original * float(np.median(ratios)), self.feeds, batch=self.batch,
+                network, original, float(normalized), self.feeds, savings, batch=self.batch,
                 providers=self._machine.providers, threads=self._machine.threads, round_to=round_to, progress=show,
             )  # fmt: skip
+
+    def _race(self, models: Mapping[str, ir.Model], seconds: float) -> np.ndarray:
+        """Latencies ``[rounds, 1 + models]``, those of the original first."""
+        named = {_ORIGINAL: self._original, **{name: serialize(model) for name, model in models.items()}}
+        machine = self._machine
+        return evaluation.race(
+            named, self.feeds, providers=machine.providers, threads=machine.threads, seconds=seconds
+        )  # fmt: skip
+
+
+def _without(network: Network, branch: Branch) -> ir.Model:
+    """The model without a branch, a one in its place."""
+    layer = next(layer for layer in network.layers if layer.name == branch.layer)
+    assert layer.geometry is not None
+    return RemovePass({branch.layer: np.ones(layer.geometry.out_channels)})(network.model.clone()).model
 
 
 def meet(
@@ -142,7 +164,7 @@ def meet(
         plan = planner.plan(*others, Milliseconds(1e-6 * (aim * original.nanoseconds + 1)))
         key = tuple(plan.changed.items())
         if key not in known:
-            known[key] = lap = _lap(planner, plan, stadium.time(sketch_plan(network, plan))[0])
+            known[key] = lap = _lap(planner, plan, stadium.time(sketch_plan(network, plan)))
             tried[lap] = plan
             progress.note(
                 f"timed: {lap.measured:.1%} of the original's latency ({lap.low:.1%} to {lap.high:.1%}), predicted "

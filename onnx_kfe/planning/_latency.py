@@ -39,6 +39,7 @@ class LatencyModel:
         normalized: The same of the normalised model, which all forms are written into; what no form replaces is the
             remainder of it.
         units: Multiples of channels that run fast, by operator.
+        savings: Nanoseconds that the model takes less without a residual branch, by name of its last layer.
         scale: What a layer takes within the model, over what it takes alone.
     """
 
@@ -47,6 +48,7 @@ class LatencyModel:
     original: int
     normalized: int
     units: Mapping[str, int]
+    savings: Mapping[str, int]
     scale: float
     _tables: Mapping[Workload, _Table]
 
@@ -117,6 +119,7 @@ def measure_latency_model(
     original: float,
     normalized: float,
     feeds: Mapping[str, np.ndarray],
+    savings: Mapping[str, float],
     *,
     batch: int = 1,
     providers: Sequence[str] = (),
@@ -135,6 +138,7 @@ def measure_latency_model(
         original: Seconds of a run of the whole model as it was given.
         normalized: Seconds of a run of the normalised model.
         feeds: Inputs of the model.
+        savings: Seconds that the model takes less without a residual branch, by name of its last layer.
         batch: Samples of a run.
         providers: Execution providers, CPU when empty.
         threads: Intra-operator threads, all cores when None.
@@ -160,7 +164,9 @@ def measure_latency_model(
     tables: dict[Workload, _Table] = defaultdict(_Table)
     for workload in itertools.chain.from_iterable(wanted):
         tables[workload.family].add(workload, known.seconds(workload))
-    alone = LatencyModel(network, batch, round(_NANO * original), round(_NANO * normalized), units, 1.0, dict(tables))
+    whole, dense = round(_NANO * original), round(_NANO * normalized)
+    saved = {name: round(_NANO * seconds) for name, seconds in savings.items()}
+    alone = LatencyModel(network, batch, whole, dense, units, saved, 1.0, dict(tables))
     share, total = stopwatch.linear_share(network.model, feeds), sum(map(alone.dense, network.layers))
     if share is None or not total:
         return alone

@@ -53,6 +53,9 @@ def removals(
         cost = (
             Cost(*(-sum(parts) for parts in zip(*map(dataclasses.astuple, rest), strict=True))) if rest else Cost(0, 0)
         )
+        if latency is not None and branch.layer in latency.savings:  # all that vanishes, not only layers
+            own = sum(latency.dense(layers[name]) for name in branch.layers if name in losses)
+            cost = dataclasses.replace(cost, nanoseconds=own - latency.savings[branch.layer])
         others = tuple(name for name in branch.layers if name != branch.layer)
         found[branch.layer] = Candidate(REMOVED, (), cost, max(losses[branch.layer], 0.0), others)
     return found
