@@ -1,16 +1,20 @@
 """Fixtures shared by all tests."""
 
 import functools
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from onnx_kfe import evaluation
 from onnx_kfe.cli import main
 from onnx_kfe.evaluation import _benchmark, _race
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +30,24 @@ def assets() -> Path:
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder in place of the user's cache, which no test may see or change, in other processes neither."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(platformdirs, "user_cache_dir", lambda *arguments, **options: str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def cache(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of one test, empty: made-up latencies of one are no other's."""
+    folder = caches / str(next(_numbers))
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *arguments, **options: str(folder))
     return folder
 
 
