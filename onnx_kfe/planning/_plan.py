@@ -244,11 +244,10 @@ class Planner:
         )
         return (dense.nanoseconds + changed) / original.nanoseconds
 
-    def least(self, budget: Budget) -> int:
-        """The least of a budget's resource that any plan is predicted to take."""
-        return least(
-            {name: worthwhile(choices, [budget]) for name, choices in self._options.items()}, budget, *self.costs()
-        )
+    def least(self, budget: Budget, *held: Budget) -> int:
+        """The least of a budget's resource that any plan is predicted to take, of those within the budgets held."""
+        options = {name: worthwhile(choices, [budget, *held]) for name, choices in self._options.items()}
+        return least(options, budget, *self.costs(), held)
 
     def costs(self) -> tuple[Cost, Cost]:
         """Of the original, and of the normalised model."""
