@@ -140,6 +140,22 @@ def test_what_normalising_saved_counts_but_the_fraction_is_of_the_original():
     assert allocation.least(options, budget, original, dense) == FIXED.nanoseconds + cheapest
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_least_of_one_resource_within_a_budget_of_another(seed):
+    options, original = instance(seed)
+    held = Macs(0.6)
+    costs = [
+        cost_of(dict(zip(options, picks, strict=True)), options, original)
+        for picks in itertools.product(*options.values())
+    ]
+    within = [cost.nanoseconds for cost in costs if cost.macs <= held.limit(original.macs)]
+    free = min(cost.nanoseconds for cost in costs)
+    assert allocation.least(options, Latency(1), original, original) == free
+    assert allocation.least(options, Latency(1), original, original, [held]) == pytest.approx(min(within), rel=1e-3)
+    together = [Macs(min(cost.macs for cost in costs)), Params(min(cost.parameters for cost in costs))]
+    assert allocation.least(options, Latency(1), original, original, together) == free, "nothing is within both"
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("fraction", [0.55, 0.75, 0.95])
 def test_losses_of_all_sizes_are_told_apart(seed, fraction):

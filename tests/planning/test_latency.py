@@ -26,7 +26,7 @@ from onnx_kfe.planning._stopwatch import Refusal
 from onnx_kfe.planning._workload import Workload, workloads
 from tests.networks import classifier, samples
 from tests.planning.clocks import Clock, work
-from tests.planning.problems import random_statistics
+from tests.planning.problems import model_of, random_statistics
 from tests.tiny import node, tiny, weights
 
 BATCH = 2
@@ -225,7 +225,17 @@ def test_the_unit_is_the_step_of_the_machine(measured, network, unit, found, nam
     assert {w.outputs - 32 for w in probes} >= {0, 4, 8, 16, 32}
 
 
-def test_the_costliest_layer_of_an_operator_is_probed_ungrouped(measured, network):
+def test_a_grouped_layer_is_probed_ungrouped(measured):
+    """Any number of outputs can then be."""
+    clock, grouped = Clock(), open_network(model_of("grouped 3x3"))
+    measured(clock, grouped, round_to=None)
+    (layer,) = grouped.layers
+    assert layer.geometry is not None
+    assert layer.geometry.groups == 2
+    assert {w.groups for w in clock.asked if w.outputs >= 32} == {1}
+
+
+def test_the_costliest_layer_of_an_operator_is_probed(measured, network):
     clock = Clock()
     measured(clock, round_to=None)
     costliest = max((la for la in network.prunable if la.op_type == "Conv"), key=lambda la: la.macs)
