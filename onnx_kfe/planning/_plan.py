@@ -268,6 +268,7 @@ class Planner:
         return (
             f"of the {1e-6 * self._latency.original:.3g} ms that the model takes, "
             f"{self._latency.prunable_share:.0%} are in layers that can be pruned"
+            f"{'' if self._proven else '; give --data so that more can be justified'}"
         )
 
 
