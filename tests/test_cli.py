@@ -127,6 +127,9 @@ def test_a_goal_of_milliseconds_and_others_at_a_batch_size(cli: Cli, folder: Pat
     assert known_machine.machines == [(["CPUExecutionProvider"], None)]
     kept = sum(layer["macs"] for layer in plan["layers"].values())
     assert 2e-5 + 1e-10 * kept * 4 <= 1.05e-3 * goal
+    pruned = ("--data", "data.npz", "--no-refit", "--latency", 0.8, "--batch", 5, "--round-to", 2, "-o", "small.onnx")
+    done(cli("prune", "net.onnx", *pruned))
+    assert {workload.leading[0] for workload in known_machine.asked} == {4, 5}
 
 
 @pytest.mark.parametrize("how", ["corrupt", "another machine"])
