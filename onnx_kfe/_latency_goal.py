@@ -155,7 +155,7 @@ def meet(
     original, dense = planner.costs()
     goal = min(b.limit(original.nanoseconds) for b in budgets if isinstance(b, Latency)) / original.nanoseconds
     others = [budget for budget in budgets if not isinstance(budget, Latency)]
-    low = planner.least(Latency(1)) / original.nanoseconds
+    low = planner.least(Latency(1), *others) / original.nanoseconds
     tried: dict[Lap, Plan] = {}
     known: dict[tuple[object, ...], Lap] = {}
     aims: dict[float, float] = {dense.nanoseconds / original.nanoseconds: dense.nanoseconds / original.nanoseconds}

@@ -1,16 +1,25 @@
 """Fixtures shared by all tests."""
 
 import functools
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import onnx
+import platformdirs
 import pytest
 
 from onnx_kfe import evaluation
 from onnx_kfe.cli import main
 from onnx_kfe.evaluation import _benchmark, _race
+from onnx_kfe.graph import count_macs, load
+from onnx_kfe.planning import _latency
+from tests.planning.clocks import Clock
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +35,24 @@ def assets() -> Path:
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder in place of the user's cache, which no test may see or change, in other processes neither."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(platformdirs, "user_cache_dir", lambda *arguments, **options: str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def cache(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of one test, empty: made-up latencies of one are no other's."""
+    folder = caches / str(next(_numbers))
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *arguments, **options: str(folder))
     return folder
 
 
@@ -58,3 +85,17 @@ def quick_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "benchmark", quick)
     monkeypatch.setattr(_benchmark, "race", _race.alternate)
     monkeypatch.setattr(_benchmark, "_measure_alone", lambda *arguments: (0.01, 2**20))
+
+
+@pytest.fixture
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A machine where a layer takes what `clocks.work` says, and a whole model 0.1 ns a MAC and 20 us beside these."""
+
+    def race(models: dict[str, bytes], feeds: dict[str, np.ndarray], **options: object) -> np.ndarray:
+        macs = [count_macs(load(onnx.load_from_string(model))) for model in models.values()]
+        return np.tile([2e-5 + 1e-10 * count * len(next(iter(feeds.values()))) for count in macs], (5, 1))
+
+    clock = Clock()
+    monkeypatch.setattr(_latency, "Stopwatch", clock)
+    monkeypatch.setattr(evaluation, "race", race)
+    return clock

@@ -22,6 +22,7 @@ from PIL import Image
 
 from tests.conftest import Outcome
 from tests.networks import classifier, samples
+from tests.planning.clocks import Clock
 from tests.tiny import add_external_data, node, tiny, weights
 
 Fails = Callable[..., str]
@@ -325,6 +326,36 @@ def test_budgets(fails: Fails) -> None:
     fails(3, "without data, --macs 0.5 cannot be met", *prune("--macs", "0.5"))
     fails(2, "--plan already says what to do", *prune(*stats, "--plan", "plan.json", "--macs", "0.5"))
     fails(2, "give a budget", "plan", "net.onnx", *stats, "-o", "p.json")
+
+
+def test_goals_of_latency(fails: Fails, known_machine: Clock) -> None:
+    stats = ("--stats", "stats.safetensors", "--round-to", "2")
+    for amount in ("1.5", "0", "-1", "nan"):
+        fails(
+            2, f"--latency {amount}: give a fraction of the original, or use --latency-ms", *prune("--latency", amount)
+        )
+    for amount in ("0", "-1", "nan", "inf"):
+        fails(2, f"--latency-ms {amount}: give milliseconds above 0", *prune("--latency-ms", amount))
+    fails(2, "--latency.*valid", *prune("--latency", "half"))
+    fails(2, "--batch.*(range|greater)", *prune("--latency", "0.5", "--batch", "0"))
+    drop = ("--data", "data.npz", "--max-drop", "0.3", "--latency", "0.5")
+    fails(2, "--max-drop finds the budget by itself: drop", *prune(*drop))
+    fails(2, "--plan already says what to do", *prune("--plan", "plan.json", "--latency", "0.5"))
+    assert known_machine.asked == []
+    for goal in ("--latency 0.1", "--latency-ms 0.001"):
+        floor = r"of the 0\.0\d+ ms that the model takes, \d\d% are in layers that can be pruned; cannot be met: "
+        error = fails(3, f"{goal}: {floor}", *prune(*stats, *goal.split()))
+        assert re.search(r"the fastest of [1-6] tries took [4-9]\d\.\d% of the original's latency$", error)
+    fails(3, "--macs 0.01 cannot be met: the smallest", *prune(*stats, "--latency", "0.8", "--macs", "0.01"))
+    fails(3, "can be pruned; give --data so that more can be justified; cannot be met", *prune("--latency", "0.5"))
+
+
+def test_a_provider_that_is_not_available(fails: Fails) -> None:
+    """Said before anything is measured, by the process that would have."""
+    stats = ("--stats", "stats.safetensors", "--providers", "NoExecutionProvider")
+    message = "execution provider NoExecutionProvider is not available; --providers can be: .*CPUExecutionProvider"
+    fails(2, message, *prune(*stats, "--latency", "0.8"))
+    fails(2, message, "plan", "net.onnx", *stats, "--latency", "0.8", "-o", "p.json")
 
 
 def test_floors(fails: Fails) -> None:

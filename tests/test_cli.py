@@ -13,12 +13,15 @@ import onnx
 import pytest
 
 import onnx_kfe
+from onnx_kfe import evaluation
 from onnx_kfe._options import Budgets, Heads, Images, Selection, parse_shapes, parse_shard
 from onnx_kfe.calibration import ImageOptions
 from onnx_kfe.errors import UsageError
-from onnx_kfe.planning import Macs, Params
+from onnx_kfe.planning import Latency, Macs, Milliseconds, Params
+from onnx_kfe.planning._stopwatch import Refusal
 from tests.conftest import Outcome
 from tests.networks import CLASSES, classifier, samples
+from tests.planning.clocks import Clock, work
 
 pytestmark = pytest.mark.usefixtures("quick_benchmark")
 Cli = Callable[..., Outcome]
@@ -85,6 +88,86 @@ def test_a_quality_floor_ends_in_its_curve(cli: Cli, folder: Path) -> None:
     assert re.search(r"agreement drop \d+\.\d\d% on 1\d held-back samples \(at most 10.00% allowed\)", shown)
     assert re.search(r"95 % interval \d+\.\d\d% to [23]\d\.\d\d%, so it may be above on other samples", shown)
     assert (folder / "small.onnx").exists()
+
+
+LATENCY = ("prune", "net.onnx", "--data", "data.npz", "--no-refit", "-o", "small.onnx", "--round-to", 2)
+
+
+def test_a_goal_of_latency(cli: Cli, folder: Path, known_machine: Clock) -> None:
+    outcome = cli(*LATENCY, "--latency", 0.8, "--threads", 1)
+    assert "written: small.onnx" in done(outcome)
+    assert re.search(
+        r"timed: \d\d.\d% of the original's latency \(.* to .*\), predicted \d\d.\d%; predicted", outcome.err
+    )
+    assert "noisy" not in outcome.err
+    asked = len(known_machine.asked)
+    assert asked > 20
+    report = from_json(cli(*LATENCY, "--latency", 0.8, "--threads", 1, "--json"))
+    assert len(known_machine.asked) == asked, "the second time nothing is measured"
+    assert known_machine.machines == [((), 1), ((), 1)]
+    assert report["budget"] == "--latency 0.8"
+    assert 1 <= len(report["laps"]) <= 6
+    assert min(lap["measured"] for lap in report["laps"]) <= 0.8 * 1.05
+    before, after = (2e-5 + 1e-10 * report["macs"][when] for when in ("before", "after"))
+    assert any(after / before == pytest.approx(lap["measured"]) for lap in report["laps"])
+    assert after / before <= 0.8 * 1.05
+
+
+def test_a_goal_of_milliseconds_and_others_at_a_batch_size(cli: Cli, folder: Path, known_machine: Clock) -> None:
+    done(cli("collect", "net.onnx", "--data", "data.npz", "-o", "stats"))
+    macs = sum(row["macs"] for row in from_json(cli("inspect", "net.onnx", "--json")))
+    goal = round(1e3 * (2e-5 + 0.7e-10 * macs * 4), 4)
+    budgets = ("--macs", 0.95, "--latency-ms", goal, "--batch", 4, "--round-to", 2)
+    provider = ("--providers", "CPUExecutionProvider")
+    shown = done(cli("plan", "net.onnx", "--stats", "stats", *budgets, *provider, "-o", "plan.json"))
+    assert "layers changed" in shown
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["budget"] == f"--macs 0.95 --latency-ms {goal:g}"
+    assert {workload.leading[0] for workload in known_machine.asked} == {4}
+    assert known_machine.machines == [(["CPUExecutionProvider"], None)]
+    kept = sum(layer["macs"] for layer in plan["layers"].values())
+    assert 2e-5 + 1e-10 * kept * 4 <= 1.05e-3 * goal
+    pruned = ("--data", "data.npz", "--no-refit", "--latency", 0.8, "--batch", 5, "--round-to", 2, "-o", "small.onnx")
+    done(cli("prune", "net.onnx", *pruned))
+    assert {workload.leading[0] for workload in known_machine.asked} == {4, 5}
+
+
+@pytest.mark.parametrize("how", ["corrupt", "another machine"])
+def test_a_cache_that_is_of_no_use_is_made_anew(
+    cli: Cli, folder: Path, known_machine: Clock, cache: Path, how: str
+) -> None:
+    done(cli(*LATENCY, "--latency", 0.8))
+    asked = list(known_machine.asked)
+    (path,) = cache.rglob("*.json")
+    good = json.loads(path.read_text())
+    stale = {"machine": {**good["machine"], "runtime": "0.1"}, "seconds": dict.fromkeys(good["seconds"], 1.0)}
+    path.write_text("{" if how == "corrupt" else json.dumps(stale))
+    done(cli(*LATENCY, "--latency", 0.8))
+    assert known_machine.asked == 2 * asked
+    assert json.loads(path.read_text()) == good
+
+
+def test_shapes_that_the_runtime_refuses_are_not_used(cli: Cli, folder: Path, known_machine: Clock) -> None:
+    used = from_json(cli(*LATENCY, "--latency", 0.75, "--json", "--threads", 1))["layers"]
+    forms = {layer["form"] for layer in used.values()} - {"dense"}
+    assert forms
+    known_machine.seconds = lambda workload: Refusal("no such kernel") if workload.groups > 1 else work(workload)
+    used = from_json(cli(*LATENCY, "--latency", 0.75, "--json", "--threads", 2))["layers"]
+    assert not {layer["form"] for layer in used.values()} & {"separable", "block_diagonal"}
+
+
+def test_a_noisy_machine_is_spoken_of(
+    cli: Cli, folder: Path, known_machine: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    race = evaluation.race
+
+    def noisy(*arguments: Any, **options: Any) -> np.ndarray:
+        return race(*arguments, **options) * np.array([[1, 0.8], [1, 0.9], [1, 1.0], [1, 1.1], [1, 1.2]])
+
+    monkeypatch.setattr(evaluation, "race", noisy)
+    outcome = cli(*LATENCY, "--latency", 0.8)
+    done(outcome)
+    assert re.search(r"^the machine is noisy: ratios of latency from \d+.\d% to \d+.\d%$", outcome.err, re.MULTILINE)
 
 
 def test_shards_merge_plan_edit_prune(cli: Cli, folder: Path) -> None:
@@ -243,6 +326,7 @@ def test_option_texts() -> None:
     assert Heads(["a=b=gaussian", "c=none"]).given == {"a=b": "gaussian", "c": "none"}
     assert Budgets().given == []
     assert Budgets(0.5, 100.0).given == [Macs(0.5), Params(100.0)]
+    assert Budgets(latency=0.5, latency_ms=2.5).given == [Latency(0.5), Milliseconds(2.5)]
     assert Selection().input_shape is None
 
 

@@ -141,9 +141,20 @@ def allocate(
     return {name: taken.get(name, Candidate(REMOVED, (), Cost(0, 0), 0.0)) for name in options}
 
 
-def least(options: Mapping[str, Sequence[Candidate]], budget: Budget, original: Cost, dense: Cost) -> int:
-    """The least of a budget's resource that the whole model can cost, with the arguments of `allocate`."""
-    return _Knapsack(options, original, dense).least(budget)
+def least(
+    options: Mapping[str, Sequence[Candidate]],
+    budget: Budget,
+    original: Cost,
+    dense: Cost,
+    held: Sequence[Budget] = (),
+) -> int:
+    """The least of a budget's resource that the whole model can cost, with the arguments of `allocate`.
+
+    Within the budgets held it is what the solver finds, up to its gap; those that cannot be held together do not count.
+    """
+    knapsack = _Knapsack(options, original, dense)
+    chosen = knapsack.solve(knapsack.change(budget), held) if held else None
+    return knapsack.least(budget) if chosen is None else knapsack.total(budget, chosen)
 
 
 def hull(choices: Sequence[Candidate], kind: type[Budget]) -> list[Candidate]:

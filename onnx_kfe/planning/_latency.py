@@ -89,13 +89,16 @@ class _Table:
         self._rows[workload.inputs][workload.outputs] = seconds
 
     def seconds(self, workload: Workload) -> float | Refusal:
-        """Bilinear in inputs and outputs, as the work is; along the diagonal where each input has one output."""
-        diagonal = workload.groups == workload.inputs == workload.outputs > 1
-        rows: dict[int, float | Refusal] = {
-            inputs: row[inputs] if diagonal else _interpolated(row, workload.outputs)
-            for inputs, row in self._rows.items()
-            if not diagonal or inputs in row
-        }
+        """Bilinear in inputs and outputs, as the work is; along the diagonal where each input has one output.
+
+        Rows in which the outputs lie between some that were measured go before the others, which are of other layers.
+        """
+        rows: dict[int, float | Refusal]
+        if workload.groups == workload.inputs == workload.outputs > 1:
+            rows = {inputs: row[inputs] for inputs, row in self._rows.items() if inputs in row}
+        else:
+            around = {n: row for n, row in self._rows.items() if min(row) <= workload.outputs <= max(row)}
+            rows = {n: _interpolated(row, workload.outputs) for n, row in (around or self._rows).items()}
         return _interpolated(rows, workload.inputs)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import platformdirs
 
-from onnx_kfe.errors import UsageError
+from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import replace_whole
 from onnx_kfe.planning._stopwatch import Refusal
 from onnx_kfe.planning._workload import Workload
@@ -53,7 +53,7 @@ class LatencyCache:
             return
         self._seconds = {**self._read(), **self._seconds, **found}
         content = {"machine": self._machine, "seconds": self._seconds}
-        with contextlib.suppress(OSError, UsageError):  # where there is no place for it, it is measured again
+        with contextlib.suppress(OSError, KfeError):  # where there is no place for it, it is measured again
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_whole(self.path, json.dumps(content, indent=0).encode())
 

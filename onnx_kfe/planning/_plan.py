@@ -258,11 +258,10 @@ class Planner:
         )
         return (kind(1).of(dense) + changed) / max(kind(1).of(original), 1)
 
-    def least(self, budget: Budget) -> int:
-        """The least of a budget's resource that any plan is predicted to take."""
-        return least(
-            {name: worthwhile(choices, [budget]) for name, choices in self.options.items()}, budget, *self.costs()
-        )
+    def least(self, budget: Budget, *held: Budget) -> int:
+        """The least of a budget's resource that any plan is predicted to take, of those within the budgets held."""
+        options = {name: worthwhile(choices, [budget, *held]) for name, choices in self.options.items()}
+        return least(options, budget, *self.costs(), held)
 
     def costs(self) -> tuple[Cost, Cost]:
         """Of the original, and of the normalised model."""
@@ -283,6 +282,7 @@ class Planner:
         return (
             f"of the {1e-6 * self._latency.original:.3g} ms that the model takes, "
             f"{self._latency.prunable_share:.0%} are in layers that can be pruned"
+            f"{'' if self._proven else '; give --data so that more can be justified'}"
         )
 
 

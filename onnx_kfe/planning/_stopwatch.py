@@ -23,7 +23,8 @@ from onnx_kfe.runtime import create_session, reason
 __all__ = ["Refusal", "Stopwatch"]
 
 _CPU = "CPUExecutionProvider"
-_EVENT = re.compile(r"w(\d+)/.*_kernel_time")
+_EVENT = re.compile(r"(?:InsertedPrecisionFreeCast_)?w(\d+)/.*_kernel_time")  # so named where half precision is cast
+_CAST = "Cast"  # goes away between two nodes that are both run in another precision
 _LINEAR = ("Conv", "Gemm", "MatMul")  # in names of operators, as fused ones have it too
 _FLOOR = "floor"
 _FLOORS = 8  # nodes that do nothing, beside the workloads of a session
@@ -113,11 +114,11 @@ class Stopwatch:
         model = micro_model(part)
         _append_idle(model.graph, _FLOORS)
         model.graph.outputs.append(model.graph[-1].outputs[0])
-        seconds, _ = self._profile(model, _random_feeds(model))
+        seconds, operators = self._profile(model, _random_feeds(model))
         floor = float(np.median([value for name, value in seconds.items() if name.startswith(_FLOOR)]))
         totals = [0.0] * len(part)
         for name, value in seconds.items():
-            if match := _EVENT.match(name):
+            if (match := _EVENT.match(name)) and operators[name] != _CAST:
                 place = int(match[1])
                 totals[place] += max(value - floor, 0.0) + self.step
         for workload, total in zip(part, totals, strict=True):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 
 from onnx_kfe.calibration import LayerStatistics, Statistics
 from onnx_kfe.graph import Layer, Network, find_layers, load
 from onnx_kfe.planning import LayerProblem
 from tests.tiny import node, tiny, weights
 
-__all__ = ["SHAPES", "layer_of", "problem_of", "random_statistics", "statistics_of"]
+__all__ = ["SHAPES", "layer_of", "model_of", "problem_of", "random_statistics", "statistics_of"]
 
 SHAPES = {  # weight, groups, input
     "1x1": ((10, 6, 1, 1), 1, ["n", 6, 5, 5]),
@@ -24,19 +25,22 @@ SHAPES = {  # weight, groups, input
 }
 
 
-def layer_of(name: str) -> Layer:
-    """One layer of `SHAPES`, strides of 2 where it has a kernel."""
+def model_of(name: str) -> onnx.ModelProto:
+    """A model of one layer of `SHAPES`, strides of 2 where it has a kernel."""
     weight, groups, shape = SHAPES[name]
     arrays = {"w": weights(*weight)}
     if name == "matmul":
-        model = tiny([node("MatMul", ["x", "w"], ["y"], "layer")], {"x": shape}, {"y": ["n", 4, 8]}, arrays)
-    else:
-        kernel = weight[2:]
-        pads = [k // 2 for k in kernel] * 2
-        conv = node("Conv", ["x", "w", "b"], ["y"], "layer", group=groups, strides=[2] * len(kernel), pads=pads)
-        outputs = ["n", weight[0], *("hw"[: len(kernel)])]
-        model = tiny([conv], {"x": shape}, {"y": outputs}, arrays | {"b": weights(weight[0], seed=1)})
-    (layer,) = find_layers(load(model))
+        return tiny([node("MatMul", ["x", "w"], ["y"], "layer")], {"x": shape}, {"y": ["n", 4, 8]}, arrays)
+    kernel = weight[2:]
+    pads = [k // 2 for k in kernel] * 2
+    conv = node("Conv", ["x", "w", "b"], ["y"], "layer", group=groups, strides=[2] * len(kernel), pads=pads)
+    outputs = ["n", weight[0], *("hw"[: len(kernel)])]
+    return tiny([conv], {"x": shape}, {"y": outputs}, arrays | {"b": weights(weight[0], seed=1)})
+
+
+def layer_of(name: str) -> Layer:
+    """That layer."""
+    (layer,) = find_layers(load(model_of(name)))
     return layer
 
 

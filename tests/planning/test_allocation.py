@@ -5,16 +5,30 @@ from __future__ import annotations
 import ctypes
 import itertools
 import re
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
 
 from onnx_kfe.errors import BudgetError, KfeError
-from onnx_kfe.planning import DENSE, FORMS, Candidate, Cost, Macs, Params, allocate, candidates, dense_cost
+from onnx_kfe.planning import (
+    DENSE,
+    FORMS,
+    Candidate,
+    Cost,
+    Latency,
+    Macs,
+    Milliseconds,
+    Params,
+    allocate,
+    candidates,
+    dense_cost,
+)
 from onnx_kfe.planning import _allocation as allocation
+from onnx_kfe.planning._budget import Budget
 from tests.planning.problems import SHAPES, problem_of
 
-FIXED = Cost(macs=500, parameters=40)  # what no candidate covers
+FIXED = Cost(macs=500, parameters=40, nanoseconds=300)  # what no candidate covers
 
 
 def instance(seed: int, layers: int = 5, choices: int = 5) -> tuple[dict[str, list[Candidate]], Cost]:
@@ -22,13 +36,13 @@ def instance(seed: int, layers: int = 5, choices: int = 5) -> tuple[dict[str, li
     rng = np.random.default_rng(seed)
     options, total = {}, FIXED
     for layer in range(layers):
-        dense = Cost(*(int(n) for n in rng.integers(50, 1000, 2)))
-        total = Cost(total.macs + dense.macs, total.parameters + dense.parameters)
+        dense = Cost(*(int(n) for n in rng.integers(50, 1000, 3)))
+        total = Cost(*(a + b for a, b in zip(astuple(total), astuple(dense), strict=True)))
         found = [Candidate(DENSE, (), dense, 0.0)]
         for rank in range(1, choices):
-            kept = rng.uniform(0.1, 0.95, 2)
-            cost = Cost(int(kept[0] * dense.macs), int(kept[1] * dense.parameters))
-            found.append(Candidate("two_factor", (rank,), cost, float(rng.exponential() * (1 - kept.mean()) ** 2)))
+            kept = rng.uniform([0.1, 0.1, 0.2], [0.95, 0.95, 1.3])  # some are slower than the layer
+            cost = Cost(*(int(share * whole) for share, whole in zip(kept, astuple(dense), strict=True)))
+            found.append(Candidate("two_factor", (rank,), cost, float(rng.exponential() * (1 - kept[:2].mean()) ** 2)))
         options[f"layer{layer}"] = found
     return options, total
 
@@ -38,6 +52,7 @@ def cost_of(chosen, options, original: Cost) -> Cost:
     return Cost(
         original.macs - sum(a.macs - b.macs for a, b in saved),
         original.parameters - sum(a.parameters - b.parameters for a, b in saved),
+        original.nanoseconds - sum(a.nanoseconds - b.nanoseconds for a, b in saved),
     )
 
 
@@ -53,7 +68,7 @@ def brute_force(options, budgets, original: Cost) -> float | None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("kinds", [(Macs,), (Params,), (Macs, Params)])
+@pytest.mark.parametrize("kinds", [(Macs,), (Params,), (Macs, Params), (Latency,), (Macs, Params, Latency)])
 def test_the_least_loss_is_found(seed, kinds):
     options, original = instance(seed)
     rng = np.random.default_rng(seed)
@@ -70,15 +85,16 @@ def test_the_least_loss_is_found(seed, kinds):
     assert sum(choice.loss for choice in chosen.values()) == pytest.approx(wanted, rel=2e-4)
 
 
-def stated(error: BudgetError, kind: type[Macs] | type[Params]) -> Macs | Params:
+def stated(error: BudgetError, kind: type[Budget]) -> Budget:
     """The budget that the message says can be met."""
     *_, (_, amount) = re.findall(rf"({kind.option}) ([\d.]+)", str(error))
     return kind(float(amount))
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", [Macs, Params])
-@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "absolute"), [(Macs, False), (Macs, True), (Params, False), (Params, True), (Latency, False)]
+)
 def test_what_cannot_be_met_says_what_can(seed, kind, absolute):
     options, original = instance(seed, layers=3)
     impossible = kind(kind(0.9).of(FIXED) if absolute else 0.05)
@@ -90,6 +106,100 @@ def test_what_cannot_be_met_says_what_can(seed, kind, absolute):
     less = kind(possible.amount - 1) if absolute else kind(possible.amount - 0.001)
     with pytest.raises(BudgetError):
         allocate(options, [less], original)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_milliseconds_that_cannot_be_met_say_how_many_can(seed):
+    options, total = instance(seed, layers=3)
+    options = {
+        name: [replace(c, cost=replace(c.cost, nanoseconds=1017 * c.cost.nanoseconds)) for c in choices]
+        for name, choices in options.items()
+    }
+    original = replace(total, nanoseconds=1017 * total.nanoseconds)
+    with pytest.raises(BudgetError, match=r"--latency-ms 0.01 cannot be met: the smallest") as caught:
+        allocate(options, [Milliseconds(0.01)], original)
+    possible = stated(caught.value, Milliseconds)
+    spent = cost_of(allocate(options, [possible], original), options, original).nanoseconds
+    assert spent <= 1e6 * possible.amount < spent + 1000
+    with pytest.raises(BudgetError):
+        allocate(options, [Milliseconds(possible.amount - 0.001)], original)
+
+
+def test_what_normalising_saved_counts_but_the_fraction_is_of_the_original():
+    options, dense = instance(3, layers=3)
+    original = replace(dense, nanoseconds=dense.nanoseconds + 1000)
+    budget = Latency(0.7)
+    chosen = allocate(options, [budget], original, dense)
+    spent = cost_of(chosen, options, dense).nanoseconds
+    assert spent <= 0.7 * original.nanoseconds
+    wanted = brute_force(options, [Milliseconds(1e-6 * budget.limit(original.nanoseconds))], dense)
+    assert sum(choice.loss for choice in chosen.values()) == pytest.approx(wanted, rel=2e-4)
+    assert wanted < sum(choice.loss for choice in allocate(options, [budget], dense).values())
+    cheapest = sum(min(choice.cost.nanoseconds for choice in choices) for choices in options.values())
+    assert allocation.least(options, budget, original, dense) == FIXED.nanoseconds + cheapest
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_least_of_one_resource_within_a_budget_of_another(seed):
+    options, original = instance(seed)
+    held = Macs(0.6)
+    costs = [
+        cost_of(dict(zip(options, picks, strict=True)), options, original)
+        for picks in itertools.product(*options.values())
+    ]
+    within = [cost.nanoseconds for cost in costs if cost.macs <= held.limit(original.macs)]
+    free = min(cost.nanoseconds for cost in costs)
+    assert allocation.least(options, Latency(1), original, original) == free
+    assert allocation.least(options, Latency(1), original, original, [held]) == pytest.approx(min(within), rel=1e-3)
+    together = [Macs(min(cost.macs for cost in costs)), Params(min(cost.parameters for cost in costs))]
+    assert allocation.least(options, Latency(1), original, original, together) == free, "nothing is within both"
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("fraction", [0.55, 0.75, 0.95])
+def test_losses_of_all_sizes_are_told_apart(seed, fraction):
+    """From 1e-12 to 1 nats: HiGHS alone sees nothing below a millionth of the largest."""
+    options, original = instance(seed)
+    rng = np.random.default_rng(100 + seed)
+    options = {
+        name: [
+            choice if choice.form == DENSE else replace(choice, loss=10 ** rng.uniform(-12, 0)) for choice in choices
+        ]
+        for name, choices in options.items()
+    }
+    losses = [choice.loss for choices in options.values() for choice in choices if choice.loss]
+    assert min(losses) < 1e-9 < 1e-2 < max(losses)
+    budgets = [Macs(fraction)]
+    wanted = brute_force(options, budgets, original)
+    if wanted is None:
+        with pytest.raises(BudgetError):
+            allocate(options, budgets, original)
+        return
+    chosen = allocate(options, budgets, original)
+    assert cost_of(chosen, options, original).macs <= fraction * original.macs
+    assert sum(choice.loss for choice in chosen.values()) == pytest.approx(wanted, rel=3e-4)
+
+
+def test_choices_that_lose_nothing_are_found():
+    dense = Candidate(DENSE, (), Cost(100, 100), 0.0)
+    free, dear = Candidate("two_factor", (1,), Cost(50, 50), 0.0), Candidate("two_factor", (2,), Cost(10, 10), 1.0)
+    faint = Candidate("two_factor", (3,), Cost(40, 40), 1e-14)
+    chosen = allocate({"a": [dense, dear, faint, free], "b": [dense, dear, free]}, [Macs(0.5)], Cost(200, 200))
+    assert set(chosen.values()) == {free}
+
+
+def test_what_saves_too_little_time_is_not_worth_its_place():
+    dense = Candidate(DENSE, (), Cost(1000, 1000, 1000), 0.0)
+    little = Candidate("two_factor", (1,), Cost(1000, 1000, 971), 1.0)
+    enough = Candidate("two_factor", (2,), Cost(1000, 1000, 969), 1.0)
+    slower = Candidate("two_factor", (3,), Cost(999, 1000, 2000), 1.0)
+    smaller = Candidate("two_factor", (4,), Cost(1000, 999, 1000), 1.0)
+    choices = [little, enough, dense, slower, smaller]
+    assert allocation.worthwhile(choices, [Latency(0.5)]) == [enough, dense]
+    assert allocation.worthwhile(choices, [Milliseconds(0.5)]) == [enough, dense]
+    assert allocation.worthwhile(choices, [Macs(0.5)]) == [dense, slower]
+    assert allocation.worthwhile(choices, [Params(0.5)]) == [dense, smaller]
+    assert allocation.worthwhile(choices, [Latency(0.5), Macs(0.5)]) == [enough, dense, slower]
 
 
 def test_budgets_that_cannot_be_met_together_say_what_can():

@@ -5,15 +5,16 @@ import math
 import pytest
 
 from onnx_kfe.errors import UsageError
-from onnx_kfe.planning import Cost, Macs, Params
+from onnx_kfe.planning import Cost, Latency, Macs, Milliseconds, Params
 from onnx_kfe.planning._budget import describe
 
-COST = Cost(macs=700, parameters=30)
+COST = Cost(macs=700, parameters=30, nanoseconds=9)
 
 
 def test_each_budget_reads_its_resource():
     assert Macs(0.5).of(COST) == 700
     assert Params(0.5).of(COST) == 30
+    assert Latency(0.5).of(COST) == Milliseconds(0.5).of(COST) == 9
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,36 @@ def test_the_budget_that_can_be_met_is_met(least, original):
     assert fraction.limit(original) >= least
     assert fraction.amount - least / original < 1.001e-3
     assert Params(5).meeting(least, original).limit(original) in (least, original)
+
+
+@pytest.mark.parametrize("amount", [0, -0.5, 1.5, 2, math.nan, math.inf])
+def test_latencies_that_cannot_be(amount):
+    with pytest.raises(
+        UsageError, match=f"^--latency {amount:g}: give a fraction of the original, or use --latency-ms$"
+    ):
+        Latency(amount)
+
+
+@pytest.mark.parametrize("amount", [0, -0.5, math.nan, math.inf])
+def test_milliseconds_that_cannot_be(amount):
+    with pytest.raises(UsageError, match=f"^--latency-ms {amount:g}: give milliseconds above 0$"):
+        Milliseconds(amount)
+
+
+def test_milliseconds_are_never_a_fraction():
+    assert [Milliseconds(amount).limit(10**9) for amount in (0.5, 1, 1.25, 3)] == [500000, 10**6, 1250000, 3 * 10**6]
+    assert [Latency(amount).limit(10**7) for amount in (0.5, 1, 0.29)] == [5 * 10**6, 10**7, 2900000]
+    assert describe([Latency(0.8), Milliseconds(1), Milliseconds(1.25), Macs(0.5)]) == (
+        "--latency 0.8 --latency-ms 1 --latency-ms 1.25 --macs 0.5"
+    )
+
+
+@pytest.mark.parametrize(("least", "original"), [(333_333, 10**6), (1_234_567, 999_983), (1, 3), (5_000_000, 10**7)])
+def test_the_milliseconds_that_can_be_met_are_met(least, original):
+    possible = Milliseconds(0.001).meeting(least, original)
+    assert least <= possible.limit(original) < least + 1000
+
+
+def test_only_latency_asks_for_a_margin():
+    assert Macs(0.5).margin == Params(0.5).margin == 0
+    assert 0 < Latency(0.5).margin == Milliseconds(0.5).margin < 0.1
