@@ -40,6 +40,8 @@ _LEAST_STEP = 0.1  # share of a bracket by which the next try keeps away from it
 _SECONDS = 2.0  # for each model of a race
 _SECONDS_IN_A_CROWD = 0.7
 _MOST_BRANCHES = 16
+_MOST_RACES = 4
+_SLOWER = 1.08
 _ORIGINAL = "the original"  # a name that no layer has
 _NOISY = 0.1  # spread of the ratio, above which a latency cannot be told to the tolerance
 
@@ -86,6 +88,7 @@ class Stadium:
         self._network, self._machine = network, machine
         self.feeds = first.feeds
         self._original = serialize(network.original)
+        self._fastest = np.inf  # of the original, in seconds
 
     def time(self, model: ir.Model) -> np.ndarray:
         """Latency of a model over that of the original, by round."""
@@ -116,12 +119,25 @@ class Stadium:
             )  # fmt: skip
 
     def _race(self, models: Mapping[str, ir.Model], seconds: float) -> np.ndarray:
-        """Latencies ``[rounds, 1 + models]``, those of the original first."""
+        """Latencies ``[rounds, 1 + models]``, those of the original first.
+
+        What else runs on a machine only ever slows it down, for seconds on end and not all models alike. So a race in
+        which the original was slower than in another one is run again, a few times.
+        """
         named = {_ORIGINAL: self._original, **{name: serialize(model) for name, model in models.items()}}
         machine = self._machine
-        return evaluation.race(
-            named, self.feeds, providers=machine.providers, threads=machine.threads, seconds=seconds
-        )  # fmt: skip
+        best: np.ndarray | None = None
+        for _ in range(_MOST_RACES):
+            rounds = evaluation.race(
+                named, self.feeds, providers=machine.providers, threads=machine.threads, seconds=seconds
+            )  # fmt: skip
+            if best is None or np.median(rounds[:, 0]) < np.median(best[:, 0]):
+                best = rounds
+            self._fastest = min(self._fastest, float(np.median(best[:, 0])))
+            if np.median(best[:, 0]) <= _SLOWER * self._fastest:
+                break
+        assert best is not None
+        return best
 
 
 def _without(network: Network, branch: Branch) -> ir.Model:
