@@ -113,10 +113,14 @@ class Stadium:
                 advance(100 * done // total - shown)
                 shown = 100 * done // total
 
-            return measure_latency_model(
+            model = measure_latency_model(
                 network, original, float(normalized), self.feeds, savings, batch=self.batch,
                 providers=self._machine.providers, threads=self._machine.threads, round_to=round_to, progress=show,
             )  # fmt: skip
+        progress.note(model.bounds)
+        if model.refusals:
+            progress.note(f"{len(model.refusals)} shapes are left out, the runtime refuses them: {model.refusals[0]}")
+        return model
 
     def _race(self, models: Mapping[str, ir.Model], seconds: float) -> np.ndarray:
         """Latencies ``[rounds, 1 + models]``, those of the original first.

@@ -7,7 +7,8 @@ from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost, compose, den
 from onnx_kfe.planning._form import Form, rank_grid
 from onnx_kfe.planning._forms import FORMS
 from onnx_kfe.planning._latency import DEFAULT_ROUND_TO, LatencyModel, measure_latency_model
-from onnx_kfe.planning._plan import Plan, Planner, make_plan, network_cost
+from onnx_kfe.planning._plan import Plan, network_cost
+from onnx_kfe.planning._planner import Planner, make_plan
 from onnx_kfe.planning._problem import GroupProblem, LayerProblem
 from onnx_kfe.planning._removal import removal_loss, removals
 from onnx_kfe.planning._search import Attempt, meets, search

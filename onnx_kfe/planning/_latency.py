@@ -74,6 +74,19 @@ class LatencyModel:
         """Share of the whole latency that the prunable layers take."""
         return min(sum(map(self.dense, self.network.prunable)) / max(self.normalized, 1), 1.0)
 
+    @property
+    def bounds(self) -> str:
+        """What bounds the latency that there can be, in words."""
+        return (
+            f"of the {1e-6 * self.original:.3g} ms that the model takes, {self.prunable_share:.0%} are in layers that "
+            "can be pruned"
+        )
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why the runtime refuses shapes that forms would need, one reason for each shape."""
+        return [reason for table in self._tables.values() for reason in table.refusals]
+
     def round_to(self, layer: Layer) -> int:
         """The multiple of channels that runs fast."""
         return self.units.get(layer.op_type, DEFAULT_ROUND_TO)
@@ -87,6 +100,11 @@ class _Table:
 
     def add(self, workload: Workload, seconds: float | Refusal) -> None:
         self._rows[workload.inputs][workload.outputs] = seconds
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why workloads were refused."""
+        return [str(value) for row in self._rows.values() for value in row.values() if isinstance(value, Refusal)]
 
     def seconds(self, workload: Workload) -> float | Refusal:
         """Bilinear in inputs and outputs, as the work is; along the diagonal where each input has one output.

@@ -5,31 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from onnx_kfe.calibration import Statistics
-from onnx_kfe.errors import BudgetError, KfeError, UsageError
+from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.graph import Layer, Network, count_parameters, find_branches, replace_whole
-from onnx_kfe.kfe import Array
-from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, candidates, least, worthwhile
-from onnx_kfe.planning._budget import Budget, Latency, describe
+from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate
 from onnx_kfe.planning._chain import Cost, dense_cost
 from onnx_kfe.planning._forms import FORMS
-from onnx_kfe.planning._latency import DEFAULT_ROUND_TO, LatencyModel
-from onnx_kfe.planning._problem import LayerProblem
-from onnx_kfe.planning._removal import removal_loss, removals
+from onnx_kfe.planning._latency import DEFAULT_ROUND_TO
 
-__all__ = ["DEFAULT_ROUND_TO", "Plan", "Planner", "make_plan", "network_cost"]
+__all__ = ["DEFAULT_ROUND_TO", "Plan", "network_cost"]
 
 _FORMAT = "onnx-kfe plan 1"
-_FRONTIER_POINTS = 17
-_ROOM = 1e-6  # above the least, so that rounding does not take it away
-_JUSTIFIED = 1e-3  # share of a weight's energy that may go when nothing but the weights is known
 
 
 @dataclass(frozen=True)
@@ -166,144 +156,3 @@ def _check_removals(path: str | os.PathLike[str], network: Network, choices: Map
 def network_cost(network: Network) -> Cost:
     """MACs and parameters of the whole model."""
     return Cost(sum(layer.macs for layer in network.layers), count_parameters(network.model))
-
-
-class Planner:
-    """Plans of one model under several budgets; the candidates of its layers are made once.
-
-    Args:
-        network: The model.
-        statistics: Collected on this very model; None for what the weights alone justify: forms that change a weight by
-            next to nothing, whatever the inputs.
-        round_to: Ranks are multiples of this (smaller ones for small layers).
-        latency: Measured latencies, which budgets of latency need; their grid is the one that `round_to` gave there.
-
-    Raises:
-        KfeError: The statistics are of another model.
-    """
-
-    def __init__(
-        self,
-        network: Network,
-        statistics: Statistics | None,
-        *,
-        round_to: int = DEFAULT_ROUND_TO,
-        latency: LatencyModel | None = None,
-    ) -> None:
-        if statistics is not None:
-            statistics.check_model(network.fingerprint, network.name)
-        self._network, self._latency, self._proven = network, latency, statistics is not None
-        self._skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
-        self.options: dict[str, Sequence[Candidate]] = {}
-        """Candidates by layer, the layer as it is first."""
-        losses = {}
-        for layer in network.prunable:
-            grid = round_to if latency is None else latency.round_to(layer)
-            if statistics is None:
-                self.options[layer.name] = _justified(LayerProblem(layer, None), grid, latency)
-            elif layer.name in statistics.layers:
-                problem = LayerProblem(layer, statistics.layers[layer.name])
-                self.options[layer.name] = candidates(problem, grid, latency)
-                losses[layer.name] = removal_loss(problem)
-            else:
-                self._skipped[layer.name] = statistics.skipped.get(layer.name, "no statistics were collected")
-        for name, removal in removals(network, losses, latency).items():
-            self.options[name] = [*self.options[name], removal]
-
-    def plan(self, *budgets: Budget) -> Plan:
-        """Choose form and ranks of each layer: least predicted loss under the budgets.
-
-        Raises:
-            UsageError: There is no budget, or one of latency where none was measured.
-            BudgetError: The budgets cannot be met.
-        """
-        if not budgets:
-            raise UsageError("give a budget: --macs, --params or --latency")
-        if self._latency is None and any(isinstance(budget, Latency) for budget in budgets):
-            raise UsageError(f"{describe(budgets)}: no latency was measured")
-        options = {name: worthwhile(choices, budgets) for name, choices in self.options.items()}
-        try:
-            choices = allocate(options, budgets, *self.costs())
-        except BudgetError as error:
-            if self._proven:
-                raise
-            raise BudgetError(f"without data, {error}; give --data so that more can be justified") from error
-        return self._plan(choices, describe(budgets))
-
-    def smallest(self) -> Plan:
-        """Of each layer what has the fewest MACs."""
-        choices = {name: min(found, key=lambda c: (c.cost.macs, c.loss)) for name, found in self.options.items()}
-        return self._plan(choices, "")
-
-    def frontier(self, kind: type[Budget]) -> tuple[Array, Array]:
-        """The least predicted loss at every size of the model.
-
-        Args:
-            kind: The budget that sizes are fractions of.
-
-        Returns:
-            Fractions of the original, rising to 1 from the least that there is, and the losses, falling to 0.
-        """
-        original, _ = self.costs()
-        smallest = self.least(kind(1)) / max(kind(1).of(original), 1)
-        fractions = np.linspace(min(smallest + _ROOM, 1.0), 1.0, _FRONTIER_POINTS)
-        losses = [self.plan(kind(float(fraction))).predicted_loss for fraction in fractions[:-1]]
-        return fractions, np.maximum.accumulate([0.0, *reversed(losses)])[::-1]
-
-    def fraction(self, plan: Plan, kind: type[Budget]) -> float:
-        """Size of a plan's model as a fraction of the original's, counted or predicted."""
-        original, dense = self.costs()
-        changed = sum(
-            kind(1).of(choice.cost) - kind(1).of(self.options[name][0].cost) for name, choice in plan.changed.items()
-        )
-        return (kind(1).of(dense) + changed) / max(kind(1).of(original), 1)
-
-    def least(self, budget: Budget, *held: Budget) -> int:
-        """The least of a budget's resource that any plan is predicted to take, of those within the budgets held."""
-        options = {name: worthwhile(choices, [budget, *held]) for name, choices in self.options.items()}
-        return least(options, budget, *self.costs(), held)
-
-    def costs(self) -> tuple[Cost, Cost]:
-        """Of the original, and of the normalised model."""
-        cost = network_cost(self._network)
-        if self._latency is None:
-            return cost, cost
-        original, normalized = self._latency.original, self._latency.normalized
-        return replace(cost, nanoseconds=original), replace(cost, nanoseconds=normalized)
-
-    def _plan(self, choices: dict[str, Candidate], budget: str) -> Plan:
-        original, _ = self.costs()
-        return Plan(self._network.fingerprint, choices, original, budget, self._skipped)
-
-    @property
-    def bounds(self) -> str:
-        """What bounds a latency."""
-        assert self._latency is not None
-        return (
-            f"of the {1e-6 * self._latency.original:.3g} ms that the model takes, "
-            f"{self._latency.prunable_share:.0%} are in layers that can be pruned"
-            f"{'' if self._proven else '; give --data so that more can be justified'}"
-        )
-
-
-def make_plan(
-    network: Network, statistics: Statistics, budgets: Sequence[Budget], *, round_to: int = DEFAULT_ROUND_TO
-) -> Plan:
-    """Choose form and ranks of each layer: least predicted loss under the budgets.
-
-    Args:
-        network: The model.
-        statistics: Collected on this very model.
-        budgets: One or more bounds, all to be met.
-        round_to: Ranks are multiples of this (smaller ones for small layers).
-
-    Raises:
-        KfeError: The statistics are of another model.
-        BudgetError: The budgets cannot be met.
-    """
-    return Planner(network, statistics, round_to=round_to).plan(*budgets)
-
-
-def _justified(problem: LayerProblem, round_to: int, latency: LatencyModel | None) -> list[Candidate]:
-    allowed = _JUSTIFIED * 0.5 * float((problem.weight**2).sum())
-    return [choice for choice in candidates(problem, round_to, latency) if choice.loss <= allowed]
