@@ -2,9 +2,9 @@
 
     python -m tools.headline vgg16 dncnn ocr --samples 96 --goals 0.6 0.5 0.4 --stats statistics/
 
-For each goal of latency, the fastest last: plan, refit on unlabelled samples, quality of the task on other samples (top-1
-in percent, PSNR in dB, percentage of characters read rightly), latency at batch 1 and 8 against the original in one run.
-Stops behind the first that loses more than 1 % of the original's quality. Needs the assets.
+For each goal of latency, the fastest last: plan, refit on unlabelled samples, quality of the task on other samples
+(top-1 in percent, PSNR in dB, percentage of characters read rightly), latency at batch 1 and 8 against the original in
+one run. Stops behind the first that loses more than 1 % of the original's quality. Needs the assets.
 """
 
 from __future__ import annotations
@@ -82,12 +82,9 @@ def measure(name: str, samples: int, goals: Sequence[float], folder: Path | None
             _, timing = evaluation.benchmark({"original": original, "fast": model}, feeds, batch=batch)
             row[f"speed at batch {batch}"] = [timing.speedup, *timing.speedup_iqr]
         rows.append(row)
-        speeds = ", ".join(
-            "batch {}: {:.2f}x ({:.2f} to {:.2f})".format(b, *row[f"speed at batch {b}"]) for b in BATCHES
-        )
+        spans = ("batch {}: {:.2f}x ({:.2f} to {:.2f})".format(b, *row[f"speed at batch {b}"]) for b in BATCHES)
         print(
-            f"{name} {goal:.0%}: quality {before:.2f} -> {row['after']:.2f}, MACs {row['macs']:.1%}, {speeds}",
-            flush=True,
+            f"{name} {goal:.0%}: quality {before:.2f} -> {row['after']:.2f}, MACs {row['macs']:.1%}, {', '.join(spans)}"
         )
         if row["after"] < (1 - ALLOWED) * before:
             break
