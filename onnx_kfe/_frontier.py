@@ -81,6 +81,8 @@ def sweep(
     original, dense = planner.costs()
     slowest = min(_LARGEST, dense.nanoseconds / original.nanoseconds)
     least = max(planner.least(Latency(1)) / original.nanoseconds, _SMALLEST)
+    if least > slowest:
+        raise KfeError(f"{network.name}: no form is faster than the layers as they are, there is no frontier")
     points: list[Point] = []
     seen: list[dict[str, Any]] = []
     with progress.stage("sweeping", _POINTS) as advance:
@@ -93,8 +95,6 @@ def sweep(
                 quality = None if measure is None else measure(rewrite(plan))
                 points.append(_point(planner, plan, float(budget), float(np.median(ratios)), quality))
             advance(1)
-    if not points:
-        raise KfeError(f"{network.name}: no form is faster than the layers as they are, there is no frontier")
     return points
 
 
@@ -167,9 +167,10 @@ def _html(points: Sequence[Point], name: str) -> bytes:
     if agreements:
         at, shares = zip(*agreements, strict=True)
         figure.add_scatter(x=at, y=shares, name="same decision", mode="lines+markers", yaxis="y2")
+        figure.update_layout(yaxis2={"title": "same decision", "overlaying": "y", "side": "right"})
     figure.update_layout(
         title=name, xaxis_title="latency / original", yaxis={"title": "nats a sample", "type": "log"},
-        yaxis2={"title": "same decision", "overlaying": "y", "side": "right"}, template="plotly_white",
+        template="plotly_white",
     )  # fmt: skip
     return figure.to_html(include_plotlyjs=True).encode()
 
