@@ -231,7 +231,7 @@ def _chosen(laps: Sequence[Lap], goal: float, bounds: str) -> Lap:
     best = min(laps, key=lambda lap: lap.measured)
     noise = f"; the machine is noisy, that was {best.low:.1%} to {best.high:.1%}" if _noisy(best) else ""
     raise BudgetError(
-        f"{bounds}; cannot be met: the fastest of {len(laps)} tries took {best.measured:.1%} of the original's "
+        f"{bounds}; cannot be met: the fastest of {len(laps)} models timed took {best.measured:.1%} of the original's "
         f"latency{noise}"
     )
 

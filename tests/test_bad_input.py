@@ -345,7 +345,7 @@ def test_goals_of_latency(fails: Fails, known_machine: Clock) -> None:
     for goal in ("--latency 0.1", "--latency-ms 0.001"):
         floor = r"of the 0\.0\d+ ms that the model takes, \d\d% are in layers that can be pruned; cannot be met: "
         error = fails(3, f"{goal}: {floor}", *prune(*stats, *goal.split()))
-        assert re.search(r"the fastest of [1-6] tries took [4-9]\d\.\d% of the original's latency$", error)
+        assert re.search(r"the fastest of [1-6] models timed took [4-9]\d\.\d% of the original's latency$", error)
     fails(3, "--macs 0.01 cannot be met: the smallest", *prune(*stats, "--latency", "0.8", "--macs", "0.01"))
     fails(3, "can be pruned; give --data so that more can be justified; cannot be met", *prune("--latency", "0.5"))
 

@@ -223,7 +223,7 @@ def test_an_impossible_goal_says_the_floor_and_what_bounds_it(network, planner, 
     fastest = min(truth(planner.fraction(plan, Latency)) for plan in stadium.plans)
     assert str(caught.value) == (
         f"--latency {goal}: of the 1 ms that the model takes, 80% are in layers that can be pruned; cannot be met: "
-        f"the fastest of {len(stadium.plans)} tries took {fastest:.1%} of the original's latency"
+        f"the fastest of {len(stadium.plans)} models timed took {fastest:.1%} of the original's latency"
     )
 
 
@@ -270,7 +270,7 @@ def test_a_noisy_machine_is_spoken_of(network, planner):
 
 def test_noise_is_spoken_of_where_the_goal_is_missed(network, planner):
     with pytest.raises(
-        BudgetError, match=r"fastest of \d tries took 100.0% .*; the machine is noisy, that was 90"
+        BudgetError, match=r"fastest of \d models timed took 100.0% .*; the machine is noisy, that was 90"
     ) as e:
         meet(network, planner, [Latency(0.5)], Known(planner, lambda p: 1.0, spread=0.2), Notes())
     assert str(e.value).endswith("that was 90.0% to 110.0%")
@@ -296,7 +296,7 @@ def test_the_least_loss_of_those_that_meet_the_goal_is_taken():
     assert goals._chosen(laps, 0.8, "") == laps[2], "1 % above it is as good as met"
     assert goals._chosen(laps[:2], 0.8, "") == laps[1]
     assert goals._chosen(laps[3:], 0.8, "") == laps[3], "and 5 % will do where nothing else does"
-    with pytest.raises(BudgetError, match=r"^why; cannot be met: the fastest of 1 tries took 90.0%"):
+    with pytest.raises(BudgetError, match=r"^why; cannot be met: the fastest of 1 models timed took 90.0%"):
         goals._chosen(laps[4:], 0.8, "why")
 
 
