@@ -491,6 +491,11 @@ def slowly():
 """
 
 
+def _heeding() -> None:
+    """Heed interrupts even where the tests run in the background, which ignores them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupted(process: subprocess.Popen[str]) -> str:
     """Press Ctrl-C as often as it takes: one that arrives in a callback of a C library is lost."""
     for _ in range(20):
