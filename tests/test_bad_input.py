@@ -513,7 +513,7 @@ def test_interrupt_is_quiet_and_leaves_nothing(folder: Path) -> None:
     command = [sys.executable, "-m", "onnx_kfe", *map(str, prune("--data", "generators_of_bad_input:slowly"))]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=_heeding
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "running\n"
