@@ -147,12 +147,10 @@ class _Judge:
 
     def _price_of(self, budget: Budget) -> float:
         """Nats for the whole of what the original spends."""
-        kind = type(budget)
+        kind = Latency if isinstance(budget, Latency) else type(budget)  # which take fractions, milliseconds do not
         spent = self._planner.fraction(self._plan, kind)
-        original, _ = self._planner.costs()
         try:
-            amount = (1 - _STEP) * spent * (1 if budget.amount <= 1 else budget.of(original))
-            tighter = self._planner.plan(kind(amount if budget.amount <= 1 else round(amount)))
+            tighter = self._planner.plan(kind(min((1 - _STEP) * spent, 1.0)))
         except BudgetError:
             return 0.0
         return max(tighter.predicted_loss - self._plan.predicted_loss, 0.0) / (_STEP * spent)

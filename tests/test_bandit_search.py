@@ -12,6 +12,7 @@ import pytest
 
 import onnx_kfe as kfe
 from onnx_kfe import _bandit_search as search
+from onnx_kfe._latency_goal import Stadium
 from onnx_kfe._measure import Machine
 from onnx_kfe.calibration import input_specs, open_dataset
 from onnx_kfe.graph import open_network
@@ -65,6 +66,18 @@ def test_it_stays_within_the_budgets_and_the_evaluations(network, planner, stati
     assert set(found.choices) == set(plan.choices)
     for budget in budgets:
         assert planner.fraction(found, type(budget)) <= budget.amount + 1e-9
+
+
+def test_the_price_of_a_latency_does_not_depend_on_its_unit(network, statistics, known_machine):
+    latency = Stadium(network, Machine()).measure(2, Progress())
+    planner = Planner(network, statistics, latency=latency)
+    dataset = open_dataset({"x": samples(96)}, input_specs(network.model))
+    plan = planner.plan(kfe.Latency(0.8))
+    prices = [
+        search._Judge(network, planner, plan, [budget], statistics, dataset, Machine())._price
+        for budget in (kfe.Latency(0.8), kfe.Milliseconds(0.8e-6 * latency.original))
+    ]
+    assert prices[0] == prices[1] > 0
 
 
 def test_a_plan_that_wastes_is_bettered(network, planner, statistics):

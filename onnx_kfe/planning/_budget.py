@@ -80,6 +80,10 @@ class Latency(Budget):
         if not 0 < self.amount <= 1:
             raise UsageError(f"{self.option} {self.amount:g}: give a fraction of the original, or use --latency-ms")
 
+    def meeting(self, amount: int, original: int) -> Self:
+        """The tightest budget that a latency meets; the whole original where that is faster."""
+        return type(self)(min(math.ceil(1000 * amount / original) / 1000, 1.0))
+
 
 class Milliseconds(Latency):
     """Latency of a run of the whole model in milliseconds."""

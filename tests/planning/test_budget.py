@@ -83,3 +83,8 @@ def test_the_milliseconds_that_can_be_met_are_met(least, original):
 def test_only_latency_asks_for_a_margin():
     assert Macs(0.5).margin == Params(0.5).margin == 0
     assert 0 < Latency(0.5).margin == Milliseconds(0.5).margin < 0.1
+
+
+def test_a_latency_that_nothing_undercuts_is_the_whole_original():
+    assert Latency(0.5).meeting(1_100_000, 1_000_000) == Latency(1.0)
+    assert Latency(0.5).meeting(600_500, 1_000_000) == Latency(0.601)
