@@ -8,7 +8,7 @@ from onnx_kfe.planning._form import Form, rank_grid
 from onnx_kfe.planning._forms import FORMS
 from onnx_kfe.planning._latency import DEFAULT_ROUND_TO, LatencyModel, measure_latency_model
 from onnx_kfe.planning._plan import Plan, network_cost
-from onnx_kfe.planning._planner import Planner, make_plan
+from onnx_kfe.planning._planner import Planner
 from onnx_kfe.planning._problem import GroupProblem, LayerProblem
 from onnx_kfe.planning._removal import removal_loss, removals
 from onnx_kfe.planning._search import Attempt, meets, search
@@ -43,7 +43,6 @@ __all__ = [
     "dense_cost",
     "dense_link",
     "describe",
-    "make_plan",
     "measure_latency_model",
     "meets",
     "network_cost",

@@ -19,7 +19,7 @@ from onnx_kfe.planning._plan import Plan, network_cost
 from onnx_kfe.planning._problem import LayerProblem
 from onnx_kfe.planning._removal import removal_loss, removals
 
-__all__ = ["Planner", "make_plan"]
+__all__ = ["Planner"]
 
 _FRONTIER_POINTS = 17
 _JUSTIFIED = 1e-3  # share of a weight's energy that may go when nothing but the weights is known
@@ -137,24 +137,6 @@ class Planner:
         """What bounds a latency."""
         assert self._latency is not None
         return f"{self._latency.bounds}{'' if self._proven else '; give --data so that more can be justified'}"
-
-
-def make_plan(
-    network: Network, statistics: Statistics, budgets: Sequence[Budget], *, round_to: int = DEFAULT_ROUND_TO
-) -> Plan:
-    """Choose form and ranks of each layer: least predicted loss under the budgets.
-
-    Args:
-        network: The model.
-        statistics: Collected on this very model.
-        budgets: One or more bounds, all to be met.
-        round_to: Ranks are multiples of this (smaller ones for small layers).
-
-    Raises:
-        KfeError: The statistics are of another model.
-        BudgetError: The budgets cannot be met.
-    """
-    return Planner(network, statistics, round_to=round_to).plan(*budgets)
 
 
 def _justified(problem: LayerProblem, round_to: int, latency: LatencyModel | None) -> list[Candidate]:

@@ -10,11 +10,15 @@ import scipy.linalg
 
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.graph import count_macs, count_parameters, open_network
-from onnx_kfe.planning import DENSE, FORMS, Macs, Params, Plan, Planner, make_plan, network_cost
+from onnx_kfe.planning import DENSE, FORMS, Macs, Params, Plan, Planner, network_cost
 from onnx_kfe.rewrite import apply_plan
 from tests.cases import load_case
 from tests.planning.problems import statistics_of
 from tests.tiny import node, tiny, weights
+
+
+def make_plan(network, statistics, budgets, round_to=16):
+    return Planner(network, statistics, round_to=round_to).plan(*budgets)
 
 
 @pytest.fixture(scope="module")
