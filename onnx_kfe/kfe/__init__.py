@@ -1,6 +1,16 @@
-"""Pure mathematics on float64 arrays: whitening, and small forms of a weight under Kronecker-factored curvature."""
+"""Pure mathematics on float64 arrays: small forms of a weight, and what its parts matter, under K-FAC curvature."""
 
+from onnx_kfe.kfe._compensation import compensate
+from onnx_kfe.kfe._coordinates import (
+    BASES,
+    Coordinates,
+    EigenMoments,
+    channel_coordinates,
+    eigen_bases,
+    eigen_coordinates,
+)
 from onnx_kfe.kfe._covariance import Array, above_rounding, centre, channel_covariance, predicted_loss, symmetrize
+from onnx_kfe.kfe._importance import IMPORTANCES, Importance, Scores
 from onnx_kfe.kfe._low_rank import TwoFactor, two_factor
 from onnx_kfe.kfe._pivoting import BlockDiagonal, block_diagonal
 from onnx_kfe.kfe._separable import Separable, separable, separable_losses
@@ -8,17 +18,27 @@ from onnx_kfe.kfe._tucker import InputSubspace, input_directions, refine_subspac
 from onnx_kfe.kfe._whitening import Whitening, damp, whiten
 
 __all__ = [
+    "BASES",
+    "IMPORTANCES",
     "Array",
     "BlockDiagonal",
+    "Coordinates",
+    "EigenMoments",
+    "Importance",
     "InputSubspace",
+    "Scores",
     "Separable",
     "TwoFactor",
     "Whitening",
     "above_rounding",
     "block_diagonal",
     "centre",
+    "channel_coordinates",
     "channel_covariance",
+    "compensate",
     "damp",
+    "eigen_bases",
+    "eigen_coordinates",
     "input_directions",
     "predicted_loss",
     "refine_subspace",
