@@ -14,12 +14,12 @@ from onnx_kfe.calibration import batches, fixed_batch, input_specs, synthetic_da
 from onnx_kfe.errors import BudgetError, KfeError
 from onnx_kfe.graph import Branch, Network, find_branches, nominal_input_shapes, serialize
 from onnx_kfe.planning import (
+    AnyPlanner,
     Budget,
     Latency,
     LatencyModel,
     Milliseconds,
     Plan,
-    Planner,
     describe,
     measure_latency_model,
 )
@@ -98,6 +98,11 @@ class Stadium:
         rounds = self._race({"": model}, _SECONDS)
         return rounds[:, 1] / rounds[:, 0]
 
+    def nanoseconds(self) -> int:
+        """Latency of a run of the original."""
+        self._race({}, _SECONDS)
+        return round(1e9 * self._fastest)
+
     def measure(self, round_to: int | None, progress: Progress) -> LatencyModel:
         """Measure the model, the same without each of its residual branches, its layers and their forms."""
         network = self._network
@@ -155,7 +160,7 @@ def _without(network: Network, branch: Branch) -> ir.Model:
 
 
 def meet(
-    network: Network, planner: Planner, budgets: Sequence[Budget], stadium: Stadium, progress: Progress
+    network: Network, planner: AnyPlanner, budgets: Sequence[Budget], stadium: Stadium, progress: Progress
 ) -> tuple[Plan, list[Lap]]:
     """The plan of least predicted loss whose model is as fast as is asked.
 
@@ -164,7 +169,7 @@ def meet(
 
     Args:
         network: The model.
-        planner: Plans for it, with measured latencies.
+        planner: Plans for it, with measured latencies, or such as are taken to go with MACs.
         budgets: Budgets, of latency among others.
         stadium: Where models are timed.
         progress: Told of each that was.
@@ -185,7 +190,7 @@ def meet(
     aim = max(goal, low)
     for _ in range(2 * _MOST_LAPS):  # some of which may lead to the same plan
         plan = planner.plan(*others, Milliseconds(1e-6 * (aim * original.nanoseconds + 1)))
-        key = tuple(plan.changed.items())
+        key = (*plan.changed.items(), *plan.channels.items())
         if key not in known:
             known[key] = lap = _lap(planner, plan, stadium.time(sketch_plan(network, plan)))
             tried[lap] = plan
@@ -194,7 +199,7 @@ def meet(
                 f"{lap.predicted:.1%}; predicted loss {lap.predicted_loss:.2g}"
             )
         aims[aim] = known[key].measured
-        if -_SLACK <= aims[aim] / goal - 1 <= _AIM or not plan.changed or len(tried) == _MOST_LAPS:
+        if -_SLACK <= aims[aim] / goal - 1 <= _AIM or not plan.changes or len(tried) == _MOST_LAPS:
             break
         aim = max(_next_aim(aims, goal), low)
         if min(abs(aim - other) for other in aims) < _SAME_AIM:
@@ -236,7 +241,7 @@ def _chosen(laps: Sequence[Lap], goal: float, bounds: str) -> Lap:
     )
 
 
-def _lap(planner: Planner, plan: Plan, ratios: np.ndarray) -> Lap:
+def _lap(planner: AnyPlanner, plan: Plan, ratios: np.ndarray) -> Lap:
     low, median, high = (float(value) for value in np.quantile(ratios, [0.25, 0.5, 0.75]))
     return Lap(planner.fraction(plan, Latency), median, low, high, plan.predicted_loss)
 

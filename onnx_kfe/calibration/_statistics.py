@@ -63,6 +63,20 @@ class PositionMeans:
         independent = (1 - input_share) * (1 - cotangent_share)
         return independent + positions / self.rows * input_share * cotangent_share
 
+    def cut(self, columns: np.ndarray, cotangent_share: float) -> PositionMeans:
+        """The sums over fewer channels, taking the shares of the means for the same in all of them.
+
+        Args:
+            columns: Input channels kept, ``[c]``.
+            cotangent_share: Share of the squared cotangents that is left.
+        """
+        kept, whole = (float(np.square(part).sum()) for part in (self.input_mean[columns], self.input_mean))
+        share = kept / whole if whole > 0 else float(columns.mean())
+        return PositionMeans(
+            self.rows, self.input_mean[columns], self.input_mean_square * share,
+            self.cotangent_mean_square * cotangent_share,
+        )  # fmt: skip
+
     def __add__(self, other: PositionMeans) -> PositionMeans:
         return PositionMeans(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
@@ -122,6 +136,30 @@ class LayerStatistics:
         return self.common.coherence(
             self.positions, float(middle.sum()) * self.samples / self.positions, float(cotangent_square)
         )
+
+    def cut(self, rows: np.ndarray, columns: np.ndarray) -> LayerStatistics:
+        """The statistics of the layer with fewer channels, as long as what is left of it stays as it is.
+
+        Args:
+            rows: Output channels kept, ``[out]`` over all groups, as many in each.
+            columns: Input channels kept, ``[in]`` over all groups, as many in each.
+        """
+        groups, outputs, _ = self.cotangent_second_moment.shape
+        taps = groups * self.input_sum.shape[1] // len(columns)
+        kept_rows = [np.flatnonzero(mask) for mask in rows.reshape(groups, outputs)]
+        kept_columns = [np.flatnonzero(np.repeat(mask, taps)) for mask in columns.reshape(groups, -1)]
+        inputs = [moment[np.ix_(k, k)] for moment, k in zip(self.input_second_moment, kept_columns, strict=True)]
+        cotangents = [moment[np.ix_(k, k)] for moment, k in zip(self.cotangent_second_moment, kept_rows, strict=True)]
+        sums = [total[k] for total, k in zip(self.input_sum, kept_columns, strict=True)]
+        rest = dataclasses.replace(
+            self, input_second_moment=np.stack(inputs), input_sum=np.stack(sums),
+            cotangent_second_moment=np.stack(cotangents),
+        )  # fmt: skip
+        if self.common.rows:
+            shares = (float(np.einsum("gii->", each)) for each in (rest.output_factor, self.output_factor))
+            after, before = shares
+            rest.common = self.common.cut(columns, after / max(before, np.finfo(np.float64).tiny))
+        return rest
 
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         return LayerStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))

@@ -28,6 +28,8 @@ class Network:
         layers: Its linear nodes in graph order, those that were not selected marked with the reason.
         input_shapes: Shapes given for inputs with free axes.
         original: The model as it was given.
+        whole: The network that this one was made from by removing channels; None where all are there.
+        cuts: Which channels of the layers of `whole` are left, by layer name.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Network:
     layers: list[Layer]
     input_shapes: dict[str, tuple[int, ...]]
     original: ir.Model = field(repr=False)
+    whole: Network | None = field(default=None, repr=False)
+    cuts: Mapping[str, LayerCut] = field(default_factory=dict, repr=False)
 
     @property
     def prunable(self) -> list[Layer]:
@@ -46,6 +50,22 @@ class Network:
     def unselected(self) -> dict[str, str]:
         """Reason by name of the layers that are left alone because the user said so."""
         return {layer.name: layer.reason for layer in self.layers if layer.reason in (_EXCLUDED, _NOT_INCLUDED)}
+
+    def narrowed(self, model: ir.Model, cuts: Mapping[str, LayerCut]) -> Network:
+        """The network of a model with fewer channels, whose nodes have the names that they had.
+
+        Args:
+            model: The model.
+            cuts: Which channels of the layers are left.
+        """
+        unselected = self.unselected
+        layers = [
+            dataclasses.replace(layer, reason=layer.reason or unselected.get(layer.name))
+            for layer in find_layers(model, self.input_shapes)
+        ]
+        if self.whole is not None:
+            cuts = {name: cut.within(self.cuts[name]) for name, cut in cuts.items()}
+        return dataclasses.replace(self, model=model, layers=layers, whole=self.whole or self, cuts=cuts)
 
     def with_input_shapes(self, input_shapes: Mapping[str, Sequence[int]]) -> Network:
         """The same network with costs counted at other input shapes."""

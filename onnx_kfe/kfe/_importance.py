@@ -41,11 +41,13 @@ class Importance:
         score: The function.
         needs: What it looks at: the weights alone, the Kronecker factors with them, or the saliency.
         bases: Keys of `BASES` in which it is defined.
+        compensates: Whether what stays makes up for what goes, see `compensate`.
     """
 
     score: Callable[[Coordinates], Scores]
     needs: Literal["weights", "curvature", "saliency"]
     bases: tuple[str, ...]
+    compensates: bool = False
 
     def __call__(self, coordinates: Coordinates) -> Scores:
         """The scores of all rows and columns."""
@@ -63,11 +65,12 @@ def _importance(
     name: str,
     needs: Literal["weights", "curvature", "saliency"] = "curvature",
     bases: tuple[str, ...] = ("channel", "kfe"),
+    compensates: bool = False,
 ) -> Callable[[_Score], _Score]:
     """Register a function of coordinates under a name."""
 
     def register(score: _Score) -> _Score:
-        IMPORTANCES[name] = Importance(score, needs, bases)
+        IMPORTANCES[name] = Importance(score, needs, bases, compensates)
         return score
 
     return register
@@ -104,7 +107,7 @@ def _c_obd(coordinates: Coordinates) -> Scores:
     return _summed(0.5 * coordinates.variances * np.square(coordinates.weight))
 
 
-@_importance("c-obs")
+@_importance("c-obs", compensates=True)
 def _c_obs(coordinates: Coordinates) -> Scores:
     """``1/2 w_q^2 / [F^-1]_qq`` summed, with ``F^-1 = A^-1 (x) G^-1``."""
     inputs = np.diag(_inverse(coordinates.input_factor)).reshape(coordinates.weight.shape[1:])
@@ -119,7 +122,7 @@ def _kron_obd(coordinates: Coordinates) -> Scores:
     return Scores(np.diag(coordinates.output_factor) * _row_forms(coordinates), _column_forms(coordinates, blocks))
 
 
-@_importance("kron-obs")
+@_importance("kron-obs", compensates=True)
 def _kron_obs(coordinates: Coordinates) -> Scores:
     """``1/2 w_i^T A w_i / [G^-1]_ii`` of row i, ``1/2 tr(G W_j ([A^-1]_jj)^-1 W_j^T)`` of column j."""
     blocks = np.linalg.inv(_blocks(_inverse(coordinates.input_factor), coordinates)).astype(np.float64)

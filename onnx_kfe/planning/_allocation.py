@@ -69,7 +69,7 @@ def candidates(problem: LayerProblem, round_to: int, latency: LatencyModel | Non
         dense = replace(dense, nanoseconds=latency.dense(layer))
     found = []
     for form in FORMS.values():
-        if form.limits(geometry):
+        if form.searched and form.limits(geometry):
             for ranks, loss in form.losses(problem, round_to):
                 cost = form.cost(geometry, ranks)
                 if latency is not None:

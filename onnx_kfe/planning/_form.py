@@ -34,6 +34,10 @@ class Form(ABC):
     """A structure for a layer, with ranks as its only parameters."""
 
     name: str
+    searched = True
+    """Whether integer programming chooses among its ranks."""
+    moves_bias = True
+    """Whether the bias makes up for what the mean input loses."""
 
     @abstractmethod
     def limits(self, geometry: Geometry, ranks: Sequence[int] = ()) -> tuple[int, ...]:

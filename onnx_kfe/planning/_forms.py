@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onnx_kfe.planning._direction_forms import DIRECTION_FORMS
 from onnx_kfe.planning._form import Form
 from onnx_kfe.planning._low_rank_forms import InputLowRank, OutputLowRank, Spatial, TuckerChain
 from onnx_kfe.planning._structured_forms import BlockDiagonal, DepthwiseSeparable
@@ -18,5 +19,6 @@ FORMS: dict[str, Form] = {
         Spatial(),
         DepthwiseSeparable(),
         BlockDiagonal(),
+        *DIRECTION_FORMS.values(),
     )
 }

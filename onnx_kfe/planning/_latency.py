@@ -227,7 +227,7 @@ def _sampled_chains(layer: Layer, round_to: int) -> Iterator[list[Link]]:
     assert layer.geometry is not None
     yield [dense_link(layer.geometry)]
     for form in FORMS.values():
-        if layer.prunable and form.limits(layer.geometry):
+        if form.searched and layer.prunable and form.limits(layer.geometry):
             for ranks in itertools.product(*map(_spread, form.grids(layer.geometry, round_to))):
                 yield form.links(layer.geometry, ranks)
 

@@ -6,12 +6,15 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from onnx_kfe.errors import KfeError, UsageError
-from onnx_kfe.graph import Layer, Network, count_parameters, find_branches, replace_whole
+from onnx_kfe.graph import ChannelGroups, Layer, Network, count_parameters, find_branches, find_groups, replace_whole
 from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate
 from onnx_kfe.planning._chain import Cost, dense_cost
 from onnx_kfe.planning._forms import FORMS
@@ -32,6 +35,9 @@ class Plan:
         original: Cost of the whole model before.
         budget: The budgets as typed.
         skipped: Reason by layer name for layers that could not be considered.
+        channels: The units that are kept of channel groups of which some are removed, by name of the group; `choices`
+            are for the layers that are left then.
+        compensates: Whether the weights that stay make up for the channels that go.
     """
 
     model_hash: str
@@ -39,11 +45,34 @@ class Plan:
     original: Cost
     budget: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
+    channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    compensates: bool = False
 
     @property
     def changed(self) -> dict[str, Candidate]:
         """The layers that get another form."""
         return {name: choice for name, choice in self.choices.items() if choice.form != DENSE}
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is changed."""
+        return bool(self.changed or self.channels)
+
+    def masks(self, groups: ChannelGroups) -> dict[str, npt.NDArray[np.bool_]]:
+        """Which units are kept of the groups in `channels`.
+
+        Raises:
+            UsageError: A group or unit that is not in the model.
+        """
+        sizes = {group.name: group.size for group in groups.groups}
+        masks = {}
+        for name, kept in self.channels.items():
+            if name not in sizes:
+                raise UsageError(f"channels of '{name}': no such group; see onnx-kfe inspect --groups")
+            if stray := [unit for unit in kept if not 0 <= unit < sizes[name]]:
+                raise UsageError(f"channels of '{name}': {stray[0]} is not one of 0 to {sizes[name] - 1}")
+            masks[name] = np.isin(np.arange(sizes[name]), kept)
+        return masks
 
     @property
     def removed(self) -> list[str]:
@@ -71,10 +100,12 @@ class Plan:
                 for name, choice in self.choices.items()
             },
             "skipped": self.skipped,
+            **({"compensates": self.compensates} if self.channels else {}),
+            **({"channels": {name: _ranges(kept) for name, kept in self.channels.items()}} if self.channels else {}),
         }  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON. ``form`` and ``ranks`` of a layer are for editing; its costs are counted anew."""
+        """Write as JSON. ``form`` and ``ranks`` of a layer, and the channels kept, are for editing; costs are counted anew."""
         replace_whole(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
 
     @classmethod
@@ -88,12 +119,50 @@ class Plan:
         data = _read(path)
         if data.get("model_hash") != network.fingerprint:
             raise KfeError(f"{path}: the plan is for another model than {network.name}")
-        layers = {layer.name: layer for layer in network.layers}
+        kept = {name: _indices(f"{path}: channels of '{name}'", text) for name, text in data.get("channels", {}).items()}
+        plan = cls(
+            network.fingerprint, {}, network_cost(network), data.get("budget", ""), data.get("skipped", {}),
+            kept, bool(data.get("compensates", False)),
+        )  # fmt: skip
+        layers = {layer.name: layer for layer in plan.cut_layers(network)}
         choices = {
             name: _checked(f"{path}: layer '{name}'", layers.get(name), entry) for name, entry in data["layers"].items()
         }
         _check_removals(path, network, choices)
-        return cls(network.fingerprint, choices, network_cost(network), data.get("budget", ""), data.get("skipped", {}))
+        return replace(plan, choices=choices)
+
+    def cut_layers(self, network: Network) -> list[Layer]:
+        """The layers of a network with the shapes that they have once the channels are removed."""
+        if not self.channels:
+            return network.layers
+        groups = find_groups(network)
+        cuts = groups.cut(self.masks(groups))
+        return [
+            layer if layer.geometry is None else replace(layer, geometry=cuts[layer.name].geometry(layer.geometry))
+            for layer in network.layers
+        ]
+
+
+def _ranges(indices: tuple[int, ...]) -> str:
+    """``0-3,7``."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _indices(where: str, text: Any) -> tuple[int, ...]:
+    """What `_ranges` wrote, edited or not."""
+    found: set[int] = set()
+    for part in str(text).split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise UsageError(f"{where}: {text!r}: write the channels kept as 0-3,7")
+        found.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -122,11 +122,11 @@ class Planner:
 
     def costs(self) -> tuple[Cost, Cost]:
         """Of the original, and of the normalised model."""
-        cost = network_cost(self._network)
+        cost, dense = network_cost(self._network.whole or self._network), network_cost(self._network)
         if self._latency is None:
-            return cost, cost
+            return cost, dense
         original, normalized = self._latency.original, self._latency.normalized
-        return replace(cost, nanoseconds=original), replace(cost, nanoseconds=normalized)
+        return replace(cost, nanoseconds=original), replace(dense, nanoseconds=normalized)
 
     def _plan(self, choices: dict[str, Candidate], budget: str) -> Plan:
         original, _ = self.costs()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +12,10 @@ import numpy as np
 from onnx_kfe.calibration import LayerStatistics
 from onnx_kfe.graph import Geometry, Layer
 from onnx_kfe.kfe import (
+    BASES,
     Array,
+    Coordinates,
+    EigenMoments,
     TwoFactor,
     Whitening,
     above_rounding,
@@ -92,6 +96,7 @@ class LayerProblem:
     ) -> None:
         assert layer.geometry is not None
         self.layer = layer
+        self.statistics = statistics
         self.geometry: Geometry = layer.geometry
         self.weight = layer.weight() if weight is None else weight
         self._bias = layer.bias() if bias is None else bias
@@ -104,6 +109,23 @@ class LayerProblem:
             coherent = statistics.coherence * above_rounding(statistics.centred_input_factor, statistics.input_factor)
             factors = list(zip(coherent, statistics.output_factor, strict=True))
         self.groups = [GroupProblem(w, a, g) for w, (a, g) in zip(self.weight, factors, strict=True)]
+
+    def coordinates(self, basis: str, *, published: bool = False) -> list[Coordinates]:
+        """Weight and curvature of each group in a basis, a key of `BASES`.
+
+        Args:
+            basis: Its name.
+            published: Take the factors as they were collected: inputs not centred, no damping.
+        """
+        factors = [(group.input_factor, group.output_factor) for group in self.groups]
+        seen = self.statistics
+        measured: Iterator[tuple[Array | None, EigenMoments | None]] = itertools.repeat((None, None))
+        if seen is not None and published:
+            factors = list(zip(seen.input_factor, seen.output_factor, strict=True))
+        return [
+            BASES[basis](weight, a, g, saliency=saliency, eigen=eigen)
+            for weight, (a, g), (saliency, eigen) in zip(self.weight, factors, measured, strict=False)
+        ]
 
     def loss(self, approximation: Array) -> float:
         """Predicted loss in nats per sample of replacing the weight ``[groups, o, c, *kernel]``."""

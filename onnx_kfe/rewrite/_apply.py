@@ -18,9 +18,10 @@ from onnx_kfe.planning import FORMS, REMOVED, Candidate, LayerProblem, Link, Pla
 from onnx_kfe.rewrite._absorb import AbsorbPass
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
+from onnx_kfe.rewrite._narrow import narrow
 from onnx_kfe.rewrite._remove import RemovePass
 
-__all__ = ["apply_plan", "removed_chain", "sketch_plan", "solve_plan", "write_chains"]
+__all__ = ["add_losses", "apply_plan", "removed_chain", "sketch_plan", "solve_plan", "write_chains"]
 
 
 def apply_plan(
@@ -30,9 +31,15 @@ def apply_plan(
     *,
     progress: Callable[[str], None] = lambda layer: None,
 ) -> tuple[ir.Model, dict[str, float]]:
-    """Write the planned forms into a copy of the model: `solve_plan`, then `write_chains`."""
+    """Carry out a plan in a copy of the model: `narrow`, `solve_plan`, then `write_chains`."""
+    network, statistics, lost = narrow(network, plan, statistics)
     chains, losses = solve_plan(network, plan, statistics, progress=progress)
-    return write_chains(network, plan, statistics, chains), losses
+    return write_chains(network, plan, statistics, chains), add_losses(lost, losses)
+
+
+def add_losses(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Sums by layer."""
+    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in (*first, *second)}
 
 
 def solve_plan(
@@ -45,7 +52,7 @@ def solve_plan(
     """Find the weights of the planned forms, each layer by itself.
 
     Args:
-        network: The model.
+        network: The model, narrowed as the plan says.
         plan: Forms and ranks by layer.
         statistics: What the weights of the forms are solved under; None for the weights alone.
         progress: Called with each layer's name when it is done.
@@ -70,9 +77,11 @@ def solve_plan(
             chains[name] = removed_chain(problem)
             losses[name] = removal_loss(problem)
         else:
-            stages = FORMS[choice.form].stages(problem, choice.ranks)
+            form = FORMS[choice.form]
+            stages = form.stages(problem, choice.ranks)
             approximation = compose(stages)
-            chains[name] = Chain(layers[name], choice.form, stages, problem.bias(approximation))
+            bias = problem.bias(approximation if form.moves_bias else problem.weight)
+            chains[name] = Chain(layers[name], choice.form, stages, bias)
             losses[name] = problem.loss(approximation)
         progress(name)
     return chains, losses
@@ -87,7 +96,7 @@ def write_chains(network: Network, plan: Plan, statistics: Statistics | None, ch
     """A copy of the model with chains in place of layers.
 
     Args:
-        network: The model.
+        network: The model, narrowed as the plan says.
         plan: What the chains were solved for.
         statistics: What they were solved under.
         chains: What becomes of which layer, by layer name.
@@ -125,6 +134,7 @@ def _chain_of(node: ir.Node, chains: Mapping[str, Chain]) -> str | None:
 
 def sketch_plan(network: Network, plan: Plan) -> ir.Model:
     """The model of a plan with weights that are noise: as fast as with those that are worth their long solution."""
+    network = narrow(network, plan, None).network
     layers = {layer.name: layer for layer in network.layers}
     random = np.random.default_rng(0)
     chains = {}
@@ -157,6 +167,7 @@ def _provenance(network: Network, plan: Plan, statistics: Statistics | None) -> 
             "version": onnx_kfe.__version__, "model_hash": network.fingerprint, "budget": plan.budget,
             "samples": statistics.samples if statistics is not None else 0,
             "layers": {name: [choice.form, *choice.ranks] for name, choice in plan.changed.items()},
+            **({"channels": {name: len(kept) for name, kept in plan.channels.items()}} if plan.channels else {}),
         }
     )  # fmt: skip
 

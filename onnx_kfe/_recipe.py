@@ -1,0 +1,177 @@
+"""Recipes: which method prunes, how much of it by channels, in how many rounds; and the plans that come of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from onnx_kfe._latency_goal import Lap, Stadium, meet
+from onnx_kfe._measure import Machine
+from onnx_kfe.calibration import Statistics
+from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.graph import Network
+from onnx_kfe.kfe import IMPORTANCES
+from onnx_kfe.planning import (
+    DEFAULT_ROUND_TO,
+    DENSE,
+    AnyPlanner,
+    Budget,
+    ChannelPlanner,
+    DirectionPlanner,
+    Latency,
+    Macs,
+    Method,
+    Plan,
+    Planner,
+    find_method,
+)
+from onnx_kfe.progress import Progress
+from onnx_kfe.rewrite import narrow
+
+__all__ = ["CURVATURES", "Planned", "Recipe", "make_plan", "make_planner"]
+
+CURVATURES = ("kfac", "ekfac")
+_CHANNEL_IMPORTANCE = "kron-obs"
+_USE_VARIANCES = ("eigendamage", "eigendamage-depthwise", "c-obd")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is pruned.
+
+    Attributes:
+        method: What is pruned, and by what.
+        channels: Remove channels first until this share of the MACs is left, and choose forms for the rest; None for one
+            or the other.
+        rounds: In how many rounds, with statistics collected anew in each.
+        curvature: ``kfac``, or ``ekfac`` for variances measured in the eigenbases.
+    """
+
+    method: Method = Method()
+    channels: float | None = None
+    rounds: int = 1
+    curvature: str = "kfac"
+
+    @staticmethod
+    def of(
+        method: str | None = None,
+        basis: str | None = None,
+        channels: float | None = None,
+        rounds: int = 1,
+        curvature: str = "kfac",
+    ) -> Recipe:
+        """The recipe that the options describe.
+
+        Raises:
+            UsageError: They do not go together.
+        """
+        if channels is not None and method in (None, "forms"):
+            method = _CHANNEL_IMPORTANCE
+        chosen = find_method(basis=basis) if method is None else find_method(method, basis)
+        if channels is not None and chosen.basis != "channel":
+            raise UsageError(f"--channels: channels go by {', '.join(IMPORTANCES)}, not by --method {chosen.name}")
+        if rounds > 1 and (chosen.basis is None or channels is not None):
+            raise UsageError("--iterations: forms are chosen at once; it goes with the other methods, without --channels")
+        if curvature not in CURVATURES:
+            raise UsageError(f"--curvature {curvature}: it can be {', '.join(CURVATURES)}")
+        if curvature == "ekfac" and (chosen.basis != "kfe" or chosen.name not in _USE_VARIANCES):
+            raise UsageError(
+                "--curvature ekfac: of the methods only eigendamage, eigendamage-depthwise and c-obd with --basis kfe "
+                "look at variances of eigendirections"
+            )
+        return Recipe(chosen, channels, rounds, curvature)
+
+    @property
+    def refits(self) -> bool:
+        """Whether the result is refitted: what is to be as published is not."""
+        return not self.method.name.startswith("eigendamage")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and where it comes from.
+
+    Attributes:
+        plan: The plan.
+        laps: The models that were timed for it, where there is a budget of latency.
+        planner: What made it.
+    """
+
+    plan: Plan
+    laps: list[Lap]
+    planner: AnyPlanner
+
+
+def make_plan(
+    network: Network,
+    statistics: Statistics | None,
+    budgets: Sequence[Budget],
+    machine: Machine,
+    progress: Progress,
+    *,
+    round_to: int | None = None,
+    recipe: Recipe = Recipe(),
+) -> Planned:
+    """The plan of a recipe for budgets.
+
+    Raises:
+        BudgetError: The budgets cannot be met.
+        KfeError: The recipe needs statistics, and there are none.
+    """
+    if recipe.channels is None:
+        return _planned(network, statistics, budgets, machine, progress, round_to, recipe.method)
+    channels = ChannelPlanner(network, statistics, recipe.method.name, round_to=round_to or DEFAULT_ROUND_TO)
+    with progress.stage("planning channels"):
+        first = channels.plan(Macs(recipe.channels))
+        narrowed = narrow(network, first, statistics)
+    found = _planned(narrowed.network, narrowed.statistics, budgets, machine, progress, round_to, Method())
+    choices = {
+        name: replace(choice, loss=choice.loss + narrowed.losses.get(name, 0.0))
+        for name, choice in found.plan.choices.items()
+    }
+    return replace(
+        found, plan=replace(found.plan, choices=choices, channels=first.channels, compensates=first.compensates)
+    )
+
+
+def _planned(
+    network: Network,
+    statistics: Statistics | None,
+    budgets: Sequence[Budget],
+    machine: Machine,
+    progress: Progress,
+    round_to: int | None,
+    method: Method,
+) -> Planned:
+    stadium = Stadium(network, machine) if any(isinstance(budget, Latency) for budget in budgets) else None
+    planner = make_planner(network, statistics, method, round_to, stadium, progress)
+    if stadium is not None:
+        plan, laps = meet(network, planner, budgets, stadium, progress)
+        return Planned(plan, laps, planner)
+    with progress.stage("planning"):
+        if isinstance(planner, Planner) and not budgets and statistics is None:
+            return Planned(planner.smallest(), [], planner)
+        return Planned(planner.plan(*budgets), [], planner)
+
+
+def make_planner(
+    network: Network,
+    statistics: Statistics | None,
+    method: Method,
+    round_to: int | None,
+    stadium: Stadium | None,
+    progress: Progress,
+) -> AnyPlanner:
+    """What makes the plans of a method; with measured latencies where there is a stadium."""
+    if method.basis is None:
+        latency = None if stadium is None else stadium.measure(round_to, progress)
+        with progress.stage("planning"):
+            return Planner(network, statistics, round_to=round_to or DEFAULT_ROUND_TO, latency=latency)
+    nanoseconds = 0 if stadium is None else stadium.nanoseconds()
+    with progress.stage("planning"):
+        if method.form is None:
+            grid = round_to or DEFAULT_ROUND_TO
+            return ChannelPlanner(network, statistics, method.name, round_to=grid, nanoseconds=nanoseconds)
+        if statistics is None:
+            raise KfeError(f"--method {method.name} needs statistics: give --data or --stats")
+        return DirectionPlanner(network, statistics, method.form, round_to=round_to, nanoseconds=nanoseconds)

@@ -1,0 +1,66 @@
+"""Narrow a network: remove the channels that a plan gives up, and have what is left make up for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from onnx_kfe.calibration import Statistics
+from onnx_kfe.graph import LayerCut, Network, find_groups
+from onnx_kfe.planning import LayerProblem, Plan, cut_layer
+from onnx_kfe.rewrite._channels import ChannelPass
+from onnx_kfe.rewrite._reweigh import ReweighPass, Weights
+
+__all__ = ["Narrowed", "narrow"]
+
+
+class Narrowed(NamedTuple):
+    """A network with fewer channels.
+
+    Attributes:
+        network: The network, whose `whole` is the one that it was narrowed from.
+        statistics: The parts of the statistics that are about what is left.
+        losses: Predicted loss by layer of the inputs that went, in nats per sample; none without statistics.
+    """
+
+    network: Network
+    statistics: Statistics | None
+    losses: dict[str, float]
+
+
+def narrow(network: Network, plan: Plan, statistics: Statistics | None) -> Narrowed:
+    """A network without the channels that a plan gives up.
+
+    Layers that lose inputs get the mean of what these gave as a bias, and where the plan says so weights that make up
+    for the rest as well as can be predicted.
+
+    Args:
+        network: The network.
+        plan: Which channels are kept.
+        statistics: Of the network; without them what is left is as it was.
+
+    Raises:
+        UsageError: The plan's channels are not those of the network.
+    """
+    if not plan.channels:
+        return Narrowed(network, statistics, {})
+    groups = find_groups(network)
+    masks = plan.masks(groups)
+    cuts = groups.cut(masks)
+    weights, losses = {}, {}
+    if statistics is not None:
+        for layer in network.prunable:
+            cut = cuts[layer.name]
+            if layer.name in statistics.layers and not (cut.rows.all() and cut.columns.all()):
+                left = cut_layer(LayerProblem(layer, statistics.layers[layer.name]), cut, plan.compensates)
+                weights[layer.name], losses[layer.name] = Weights(left.weight, left.bias), left.loss
+        statistics = replace(
+            statistics,
+            layers={name: seen.cut(cuts[name].rows, cuts[name].columns) for name, seen in statistics.layers.items()},
+        )
+    model = ChannelPass(masks)(network.model.clone()).model
+    model = ReweighPass(weights)(model).model
+    return Narrowed(network.narrowed(model, cuts), statistics, losses)
