@@ -15,7 +15,7 @@ from onnx_kfe._frontier import check_plot, save_frontier
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.graph import check_output
-from onnx_kfe.pipeline import DEFAULT_SAMPLES
+from onnx_kfe.pipeline import CURVATURES, DEFAULT_SAMPLES
 from onnx_kfe.planning import Macs, Plan
 from onnx_kfe.result import Result
 
@@ -23,6 +23,7 @@ __all__ = ["app", "main"]
 
 _INTERRUPTED = 130
 _DEMO_BUDGET = 0.5
+_CURVATURE_HELP = f"{' or '.join(CURVATURES)}: ekfac measures variances in the eigenbases, in a second pass."
 _FRONTIER_HELP = "Sweep the latency instead; -o is a plot (.png, .html) or .json; --data measures fidelity."
 _ClickError = cast(
     "type[Exception]", typer.BadParameter.__mro__[2]
@@ -91,6 +92,7 @@ def collect(
     data: options.Data = None,
     output: options.Output,
     shard: Annotated[str, typer.Option("--shard", help="i/n: collect the i-th of n parts, to be merged.")] = "0/1",
+    curvature: Annotated[str, typer.Option("--curvature", help=_CURVATURE_HELP)] = "kfac",
     sampling: options.Sampling,
     heads: options.Heads,
     selection: options.Selection,
@@ -108,6 +110,7 @@ def collect(
         images=images.given,
         heads=heads.given,
         shard=part,
+        curvature=curvature,
         progress=console.ShownProgress(),
         **sampling.given,
         **machine.given,

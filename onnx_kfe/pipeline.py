@@ -15,7 +15,15 @@ from onnx_kfe._frontier import Point, sweep
 from onnx_kfe._latency_goal import Stadium
 from onnx_kfe._measure import Machine, benchmark, evaluate, head_specs, measure_quality, note_skipped
 from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, divide, make_plan
-from onnx_kfe.calibration import Dataset, DataSource, ImageOptions, Statistics, input_specs, open_dataset
+from onnx_kfe.calibration import (
+    Dataset,
+    DataSource,
+    ImageOptions,
+    Statistics,
+    collect_eigen_moments,
+    input_specs,
+    open_dataset,
+)
 from onnx_kfe.errors import BudgetError, UsageError
 from onnx_kfe.evaluation import Quality
 from onnx_kfe.graph import ModelSource, Network, open_network
@@ -26,6 +34,7 @@ from onnx_kfe.result import Result
 from onnx_kfe.rewrite import apply_plan
 
 __all__ = [
+    "CURVATURES",
     "DEFAULT_BUDGET",
     "DEFAULT_SAMPLES",
     "benchmark",
@@ -37,6 +46,7 @@ __all__ = [
     "prune",
 ]
 
+CURVATURES = ("kfac", "ekfac")
 DEFAULT_SAMPLES = 1024
 
 Shapes = Mapping[str, Sequence[int]]
@@ -72,11 +82,12 @@ def collect(
     max_samples: int | None = DEFAULT_SAMPLES,
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
+    curvature: str = "kfac",
     providers: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Collect the K-FAC statistics of every prunable layer.
+    """Collect the K-FAC or EKFAC statistics of every prunable layer.
 
     Args:
         model: The model.
@@ -86,6 +97,8 @@ def collect(
         max_samples: At most this many samples.
         seed: Seed of noise and positions.
         shard: ``(i, n)`` collects the i-th of n parts, to be merged.
+        curvature: ``kfac``, or ``ekfac``: a second pass over the data measures the variances of the gradient in the
+            eigenbases of the factors as well.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
         progress: Shows what is going on.
@@ -94,13 +107,26 @@ def collect(
         KfeError: Something about the model or the data stops the work.
         UsageError: The arguments do not fit the model or the data.
     """
+    _check_curvature(curvature, shard)
     shown = progress or Progress()
     network = inspect(model)
     dataset = open_dataset(cast(DataSource, data), input_specs(network.model), images=images, max_samples=max_samples)
     shown.note(dataset.describe())
     statistics = _prune.collect(network, dataset, heads, seed, shard, Machine(providers, threads), shown)
+    if curvature == "ekfac":
+        with shown.stage("collecting in the eigenbases", dataset.count()) as advance:
+            statistics = collect_eigen_moments(
+                network, statistics, dataset, providers=providers, threads=threads, progress=advance
+            )
     note_skipped(dataset, shown)
     return statistics
+
+
+def _check_curvature(curvature: str, shard: tuple[int, int]) -> None:
+    if curvature not in CURVATURES:
+        raise UsageError(f"--curvature {curvature}: must be one of {', '.join(CURVATURES)}")
+    if curvature == "ekfac" and shard != (0, 1):
+        raise UsageError("--curvature ekfac: the eigenbases are those of all the data; collect without --shard")
 
 
 def plan(

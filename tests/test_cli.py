@@ -15,7 +15,7 @@ import pytest
 import onnx_kfe
 from onnx_kfe import evaluation
 from onnx_kfe._options import Budgets, Heads, Images, Selection, parse_shapes, parse_shard
-from onnx_kfe.calibration import ImageOptions
+from onnx_kfe.calibration import ImageOptions, Statistics
 from onnx_kfe.errors import UsageError
 from onnx_kfe.planning import Latency, Macs, Milliseconds, Params
 from onnx_kfe.planning._stopwatch import Refusal
@@ -168,6 +168,14 @@ def test_a_noisy_machine_is_spoken_of(
     outcome = cli(*LATENCY, "--latency", 0.8)
     done(outcome)
     assert re.search(r"^the machine is noisy: ratios of latency from \d+.\d% to \d+.\d%$", outcome.err, re.MULTILINE)
+
+
+def test_variances_in_the_eigenbases_are_of_all_the_data(cli: Cli, folder: Path) -> None:
+    done(cli("collect", "net.onnx", "--data", "data.npz", "--curvature", "ekfac", "-o", "stats"))
+    assert all(layer.eigen is not None for layer in Statistics.load(folder / "stats").layers.values())
+    outcome = cli("collect", "net.onnx", "--data", "data.npz", "--curvature", "ekfac", "--shard", "0/2", "-o", "part")
+    assert outcome.code == 2
+    assert "collect without --shard" in outcome.err
 
 
 def test_shards_merge_plan_edit_prune(cli: Cli, folder: Path) -> None:

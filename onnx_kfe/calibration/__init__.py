@@ -1,14 +1,17 @@
 """Calibration: data readers, heads, the instrumented graph, collection and the statistics container."""
 
 from onnx_kfe.calibration._batches import Batch, Batches, batches
-from onnx_kfe.calibration._collect import batch_size, collect, input_specs
+from onnx_kfe.calibration._collect import collect
 from onnx_kfe.calibration._data import Dataset, DataSource, Item, open_dataset
+from onnx_kfe.calibration._eigen_moments import collect_eigen_moments
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads, sample_noise
 from onnx_kfe.calibration._images import ImageOptions, image_preset
 from onnx_kfe.calibration._inputs import InputSpec, Sample, fixed_batch
 from onnx_kfe.calibration._instrument import differentiable_copy, find_heads
+from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
+from onnx_kfe.calibration._passes import batch_size, input_specs
 from onnx_kfe.calibration._patches import channel_major, emit_samples
-from onnx_kfe.calibration._statistics import LayerStatistics, PositionMeans, Statistics, merge
+from onnx_kfe.calibration._statistics import Statistics, merge
 from onnx_kfe.calibration._synthetic import synthetic_dataset
 
 __all__ = [
@@ -29,6 +32,7 @@ __all__ = [
     "batches",
     "channel_major",
     "collect",
+    "collect_eigen_moments",
     "detect_heads",
     "differentiable_copy",
     "emit_samples",

@@ -5,11 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnx_kfe.autodiff import Emitter
+from onnx_kfe.calibration._patches import float32, position_axes
 from onnx_kfe.graph import Layer
 
 __all__ = ["emit_position_means"]
-
-_FLOAT = ir.DataType.FLOAT
 
 
 def emit_position_means(emit: Emitter, layer: Layer, value: ir.Value) -> ir.Value:
@@ -20,10 +19,5 @@ def emit_position_means(emit: Emitter, layer: Layer, value: ir.Value) -> ir.Valu
         layer: The layer.
         value: Its input or a cotangent of its output.
     """
-    rank = len(value.shape or (None, None))
-    axes = range(2, rank) if layer.op_type == "Conv" else range(1, rank - 1)
-    return _float32(emit, emit.op("ReduceMean", value, emit.ints(*axes), keepdims=0) if axes else value)
-
-
-def _float32(emit: Emitter, x: ir.Value) -> ir.Value:
-    return x if x.dtype in (None, _FLOAT) else emit.op("Cast", x, dtype=_FLOAT, to=int(_FLOAT))
+    axes = position_axes(layer, value)
+    return float32(emit, emit.op("ReduceMean", value, emit.ints(*axes), keepdims=0) if axes else value)

@@ -3,55 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx_ir as ir
 
-from onnx_kfe.calibration._batches import Batch, batches
 from onnx_kfe.calibration._data import Dataset
 from onnx_kfe.calibration._forward import Forward
-from onnx_kfe.calibration._heads import Head, detect_heads, sample_noise
-from onnx_kfe.calibration._inputs import InputSpec, fixed_batch
-from onnx_kfe.calibration._instrument import (
-    PHASE_INPUT,
-    Probe,
-    activation_bytes,
-    differentiable_copy,
-    instrument,
-    noise_input,
-)
+from onnx_kfe.calibration._heads import detect_heads
+from onnx_kfe.calibration._instrument import Probe, differentiable_copy, instrument
+from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
+from onnx_kfe.calibration._passes import Progress, batch_size, blocks, input_specs, run_pass
 from onnx_kfe.calibration._patches import channel_major
-from onnx_kfe.calibration._statistics import LayerStatistics, PositionMeans, Statistics
+from onnx_kfe.calibration._statistics import Statistics
 from onnx_kfe.errors import KfeError, UsageError
-from onnx_kfe.graph import Network, concrete_shapes, nominal_input_shapes
-from onnx_kfe.runtime import create_session
+from onnx_kfe.graph import Network
 
-__all__ = ["batch_size", "collect", "input_specs"]
+__all__ = ["collect"]
 
-_ACTIVATION_BUDGET = 2**30  # bytes of activations of one batch, forward and backward together
-_LARGEST_BATCH = 64
 _SCALE_SAMPLES = 64  # samples whose outputs give a Gaussian head its unit
-
-Progress = Callable[[int], None]
-
-
-def input_specs(model: ir.Model) -> list[InputSpec]:
-    """What the model takes, as the data readers want it."""
-    specs = []
-    for value in model.graph.inputs:
-        if value.is_initializer() or value.dtype is None:
-            continue
-        shape = tuple(size if isinstance(size, int) else size.value for size in value.shape or ())
-        specs.append(InputSpec(value.name or "", np.dtype(value.dtype.numpy()), shape))
-    return specs
-
-
-def batch_size(network: Network, input_shapes: Mapping[str, Sequence[int]]) -> int:
-    """Samples run together: a function of the model and its input shapes, so that shards divide the data alike."""
-    shapes = concrete_shapes(network.model, nominal_input_shapes(network.model, input_shapes))
-    return int(np.clip(_ACTIVATION_BUDGET // (3 * max(activation_bytes(network.model, shapes), 1)), 1, _LARGEST_BATCH))
 
 
 def collect(
@@ -91,58 +60,24 @@ def collect(
     size = batch_size(network, shapes)
     copy = differentiable_copy(network.model)
     forward = Forward(copy, detect_heads(copy.graph, heads), providers=providers, threads=threads)
-    scaled = forward.scaled_heads(itertools.islice(_blocks(data, size, specs), -(-_SCALE_SAMPLES // size)))
+    scaled = forward.scaled_heads(itertools.islice(blocks(data, size, specs), -(-_SCALE_SAMPLES // size)))
     instrumented = instrument(copy, network.prunable, scaled)
-    session = create_session(instrumented.model, providers=providers, threads=threads)
     sums = {probe.layer.name: _Sums(probe) for probe in instrumented.probes}
-    samples = 0
     names = [name for probe in instrumented.probes for name in probe.outputs]
-    for block, batch in _blocks(data, size, specs, shard):
-        feeds = _feeds(session, batch, forward, scaled, seed, block)
-        results = dict(zip(names, _run(session, names, feeds), strict=True))
+    samples = 0
+    for done, results in run_pass(
+        instrumented.model, names, blocks(data, size, specs, shard), forward, scaled, seed,
+        providers=providers, threads=threads, progress=progress,
+    ):  # fmt: skip
         for layer in sums.values():
-            layer.add(results, len(batch))
-        samples += len(batch)
-        progress(len(batch))
+            layer.add(results, done)
+        samples += done
     if samples == 0:
         raise KfeError(f"{data.describe()}: no samples in shard {index}/{count}")
     return Statistics(
         network.fingerprint, seed, samples, scaled, shapes,
         {name: layer.statistics() for name, layer in sums.items()}, instrumented.skipped, [(index, count)],
     )  # fmt: skip
-
-
-def _blocks(
-    data: Dataset, size: int, specs: Sequence[InputSpec], shard: tuple[int, int] = (0, 1)
-) -> Iterator[tuple[int, Batch]]:
-    """Batches within blocks of consecutive indices, so that any shard sees the batches of the single run."""
-    fixed = fixed_batch(specs) or 1
-    length = size if fixed == 1 else 16 * fixed
-    index, count = shard
-    chosen = data if count == 1 else data.where(lambda place: place // length % count == index)
-    for block, items in itertools.groupby(chosen, key=lambda item: item.index // length):
-        for batch in batches(items, size, specs):
-            yield block, batch
-
-
-def _feeds(
-    session: Any, batch: Batch, forward: Forward, heads: list[Head], seed: int, block: int
-) -> dict[str, np.ndarray]:
-    shapes = forward.sample_shapes(batch)
-    drawn = [sample_noise(heads, shapes, seed, int(index)) for index in batch.indices]
-    noise = {noise_input(head): np.concatenate([row[place] for row in drawn]) for place, head in enumerate(heads)}
-    first = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64))).integers(0, 2**20, 2)
-    phase = first + block  # successive batches take successive rows, so that all are taken equally often
-    feeds = {**batch.feeds, **noise, PHASE_INPUT: phase}
-    return {value.name: feeds[value.name] for value in session.get_inputs()}
-
-
-def _run(session: Any, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    try:
-        return session.run(names, feeds)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise KfeError(f"the instrumented model failed in ONNX Runtime: {reason}") from error
 
 
 class _Sums:
@@ -161,6 +96,7 @@ class _Sums:
         self._cotangents = np.zeros((geometry.groups, self._out, self._out))
         self._positions = 0.0
         self._common = PositionMeans()
+        self._saliency = np.zeros((geometry.groups, self._out))
         self._samples = 0
 
     def add(self, results: Mapping[str, np.ndarray], samples: int) -> None:
@@ -175,6 +111,8 @@ class _Sums:
         self._positions += positions
         self._samples += samples
         self._common += self._position_means(results)
+        gates = results[probe.gate_gradients].reshape(-1, *self._saliency.shape)
+        self._saliency += np.square(gates, dtype=np.float64).sum(0)
         # Squares on the diagonal cannot cancel, so it shows whatever is not finite.
         for sums, what in ((self._inputs, "input"), (self._cotangents, "gradient")):
             if not np.isfinite(np.einsum("gii->gi", sums)).all():
@@ -188,7 +126,7 @@ class _Sums:
         order = channel_major(self._geometry)
         return LayerStatistics(
             self._inputs[:, order[:, None], order], self._total[:, order], self._cotangents,
-            self._positions, self._samples, self._common,
+            self._positions, self._samples, self._common, self._saliency,
         )  # fmt: skip
 
     def _position_means(self, results: Mapping[str, np.ndarray]) -> PositionMeans:

@@ -12,12 +12,24 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_kfe.autodiff import Emitter, append_gradients
 from onnx_kfe.calibration._coherence import emit_position_means
+from onnx_kfe.calibration._gradients import emit_gate_gradients
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, serialize
 
-__all__ = ["PHASE_INPUT", "Instrumented", "Probe", "differentiable_copy", "find_heads", "instrument", "noise_input"]
+__all__ = [
+    "PHASE_INPUT",
+    "Differentiated",
+    "Instrumented",
+    "Probe",
+    "activation_bytes",
+    "differentiable_copy",
+    "differentiate",
+    "find_heads",
+    "instrument",
+    "noise_input",
+]
 
 PHASE_INPUT = "kfe/phase"
 _WORKING_OPSET = 21
@@ -38,6 +50,7 @@ class Probe:
         output_size: Elements of the layer's output.
         input_means: The input averaged over the positions of each sample, ``[n, c]``.
         cotangent_means: The cotangent averaged likewise, ``[n, o]``.
+        gate_gradients: Derivative of the loss of each sample by a gate on each output channel, ``[n, o]``.
     """
 
     layer: Layer
@@ -49,6 +62,7 @@ class Probe:
     output_size: str
     input_means: str
     cotangent_means: str
+    gate_gradients: str
 
     @property
     def outputs(self) -> list[str]:
@@ -56,7 +70,7 @@ class Probe:
         return [
             self.input_second_moment, self.input_sum, self.input_size,
             self.cotangent_second_moment, self.cotangent_size, self.output_size,
-            self.input_means, self.cotangent_means,
+            self.input_means, self.cotangent_means, self.gate_gradients,
         ]  # fmt: skip
 
 
@@ -102,12 +116,35 @@ def find_heads(network: Network, kinds: Mapping[str, str] | None = None) -> list
     return detect_heads(differentiable_copy(network.model).graph, kinds)
 
 
-def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) -> Instrumented:
-    """Extend a model with its backward pass and the moments of every layer.
+@dataclass(frozen=True)
+class Differentiated:
+    """A model extended with its backward pass.
+
+    Attributes:
+        model: The model.
+        emit: Where further nodes go.
+        layers: The layers with a gradient: each with its input, its output and the cotangent of that.
+        skipped: Why the others have none, by layer name.
+    """
+
+    model: ir.Model
+    emit: Emitter
+    layers: list[tuple[Layer, ir.Value, ir.Value, ir.Value]]
+    skipped: dict[str, str]
+
+    def serialized(self, outputs: Sequence[ir.Value]) -> bytes:
+        """The model with these values as its only outputs."""
+        self.model.graph.outputs.clear()
+        self.model.graph.outputs.extend(outputs)
+        return serialize(self.model)
+
+
+def differentiate(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) -> Differentiated:
+    """Extend a model with its backward pass, from noise at the heads to the outputs of layers.
 
     Args:
         model: As of `differentiable_copy`; it is changed.
-        layers: Layers to collect for; values are found by name.
+        layers: Layers whose gradients are wanted; values are found by name.
         heads: Heads, with their scales.
     """
     graph = model.graph
@@ -118,31 +155,46 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
     found = [layer for layer in layers if layer.output in values and layer.input in values]
     skipped = {layer.name: "not found after opset conversion" for layer in layers if layer not in found}
     gradients = append_gradients(graph, seeds, [values[layer.output] for layer in found])
-    phase = _input(graph, PHASE_INPUT, ir.DataType.INT64, [2])
-    probes, outputs = [], []
+    reached = []
     for layer in found:
         output = values[layer.output]
         if output in gradients.blocked:
             skipped[layer.name] = gradients.blocked[output]
-            continue
+        else:
+            reached.append((layer, values[layer.input], output, gradients.cotangents[output]))
+    return Differentiated(model, emit, reached, skipped)
+
+
+def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) -> Instrumented:
+    """Extend a model with its backward pass and the moments of every layer.
+
+    Args:
+        model: As of `differentiable_copy`; it is changed.
+        layers: Layers to collect for; values are found by name.
+        heads: Heads, with their scales.
+    """
+    whole = differentiate(model, layers, heads)
+    emit, skipped = whole.emit, whole.skipped
+    phase = _input(model.graph, PHASE_INPUT, ir.DataType.INT64, [2])
+    probes, outputs = [], []
+    for layer, x, y, cotangent in whole.layers:
         try:
             moments = [
-                *emit_inputs(emit, layer, values[layer.input], output, phase),
-                *emit_cotangents(emit, layer, gradients.cotangents[output], phase),
-                emit_position_means(emit, layer, values[layer.input]),
-                emit_position_means(emit, layer, gradients.cotangents[output]),
+                *emit_inputs(emit, layer, x, y, phase),
+                *emit_cotangents(emit, layer, cotangent, phase),
+                emit_position_means(emit, layer, x),
+                emit_position_means(emit, layer, cotangent),
+                emit_gate_gradients(emit, layer, y, cotangent),
             ]
         except KfeError as error:
             skipped[layer.name] = str(error)
             continue
         probes.append(Probe(layer, *(value.name or "" for value in moments)))
         outputs += moments
-    graph.outputs.clear()
-    graph.outputs.extend(outputs)
     if not probes:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise KfeError(f"no layer can be collected ({reasons})" if reasons else "the model has no prunable layer")
-    return Instrumented(serialize(model), probes, skipped)
+    return Instrumented(whole.serialized(outputs), probes, skipped)
 
 
 def _seeds(emit: Emitter, heads: Sequence[Head], values: Mapping[str | None, ir.Value]) -> dict[ir.Value, ir.Value]:

@@ -19,7 +19,16 @@ from onnx_kfe.autodiff import Emitter
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Layer
 
-__all__ = ["channel_major", "emit_cotangents", "emit_inputs", "emit_samples", "grid_strides"]
+__all__ = [
+    "channel_major",
+    "emit_cotangents",
+    "emit_inputs",
+    "emit_patches",
+    "emit_samples",
+    "float32",
+    "grid_strides",
+    "position_axes",
+]
 
 _INPUT_COST = 0.25  # MACs of the input covariance as a multiple of the layer's own
 _OUTPUT_COST = 0.1  # and of the output covariance
@@ -82,7 +91,7 @@ def emit_inputs(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir
     share = min(1.0, _INPUT_COST * geometry.out_channels / geometry.groups / geometry.patch_size)
     if layer.op_type != "Conv":
         return _row_moments(emit, _rows(emit, x, geometry.in_channels, share, phase))
-    patches = _patches(emit, layer, x, y, grid_strides(_extent(y), share), phase)
+    patches = emit_patches(emit, layer, x, y, grid_strides(_extent(y), share), phase)
     columns = _columns(emit, patches, geometry.groups, geometry.taps, geometry.patch_size)
     return _second_moments(emit, columns, geometry.groups)
 
@@ -132,7 +141,9 @@ def emit_samples(
         columns = [emit.op("Transpose", v, perm=[1, 0]) for v in rows]
     else:
         strides = grid_strides(_extent(outputs[0]), share)
-        columns = [_columns(emit, _patches(emit, layer, x, outputs[0], strides, phase), groups, geometry.taps, patch)]
+        columns = [
+            _columns(emit, emit_patches(emit, layer, x, outputs[0], strides, phase), groups, geometry.taps, patch)
+        ]
         columns += [_columns(emit, _output_grid(emit, v, strides, phase), groups, 1, out) for v in outputs]
     return [emit.op("Reshape", v, emit.ints(groups, size, -1)) for v, size in zip(columns, sizes, strict=True)]
 
@@ -142,10 +153,25 @@ def _geometry(layer: Layer) -> Geometry:
     return layer.geometry
 
 
-def _patches(
+def emit_patches(
     emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, strides: Sequence[int], phase: ir.Value
 ) -> ir.Value:
-    """``[taps, C, N, *grid]``: rows are gathered once for all taps, the other axes sliced once for each of theirs."""
+    """Patches of a convolution: rows are gathered once for all taps, the other axes sliced once for each of theirs.
+
+    Args:
+        emit: Where the nodes go.
+        layer: The convolution.
+        x: An input of it.
+        y: Its output.
+        strides: Of the grid, along each axis.
+        phase: Two int64 that move the grid.
+
+    Returns:
+        ``[taps, C, N, *grid]``.
+
+    Raises:
+        KfeError: The geometry cannot be expressed.
+    """
     geometry = _geometry(layer)
     spatial = len(geometry.kernel)
     dilations = layer.node.attributes.get_ints("dilations", [1] * spatial)
@@ -154,7 +180,7 @@ def _patches(
         _Axis(j, geometry.kernel[j], geometry.strides[j], dilations[j], pads[j], pads[spatial + j], strides[j])
         for j in range(spatial)
     ]
-    x = _float32(emit, x)
+    x = float32(emit, x)
     first = axes[0]
     x = emit.op("Unsqueeze", x, emit.ints(2)) if first.trivial else _gather_rows(emit, x, y, first, spatial, phase)
     x = emit.op("Transpose", x, perm=[2, 1, 0, *range(3, 3 + spatial)])  # [taps of the first axis, C, N, rows, ...]
@@ -274,7 +300,7 @@ def _thin(emit: Emitter, x: ir.Value, axis: int, stride: int, phase: ir.Value) -
 
 def _output_grid(emit: Emitter, y: ir.Value, strides: Sequence[int], phase: ir.Value) -> ir.Value:
     """``[C, N, *grid]`` of an output or its cotangent."""
-    y = _float32(emit, y)
+    y = float32(emit, y)
     for axis, stride in enumerate(strides):
         y = _thin(emit, y, axis, stride, phase)
     return emit.op("Transpose", y, perm=[1, 0, *range(2, 2 + len(strides))])
@@ -300,7 +326,7 @@ def _second_moments(emit: Emitter, columns: ir.Value, groups: int) -> Moments:
 
 def _rows(emit: Emitter, x: ir.Value, features: int, share: float, phase: ir.Value) -> ir.Value:
     """``[..., features]`` to one row a position, thinned along the last position axis where there is one."""
-    x = _float32(emit, x)
+    x = float32(emit, x)
     if x.shape is not None and len(x.shape) >= 3 and share < 1:
         place = len(x.shape) - 2
         length = x.shape[place]
@@ -315,7 +341,17 @@ def _row_moments(emit: Emitter, rows: ir.Value) -> Moments:
     return moment, total, emit.op("Size", rows, dtype=_INT64, shape=())
 
 
-def _float32(emit: Emitter, x: ir.Value) -> ir.Value:
-    if x.dtype in (None, _FLOAT):
-        return x
-    return emit.op("Cast", x, dtype=_FLOAT, to=int(_FLOAT))
+def position_axes(layer: Layer, value: ir.Value) -> range:
+    """The axes of a layer's input or output that count its positions, for each entry of the leading axis.
+
+    Args:
+        layer: The layer.
+        value: Its input, its output or a cotangent.
+    """
+    rank = len(value.shape or (None, None))
+    return range(2, rank) if layer.op_type == "Conv" else range(1, rank - 1)
+
+
+def float32(emit: Emitter, x: ir.Value) -> ir.Value:
+    """A value in single precision."""
+    return x if x.dtype in (None, _FLOAT) else emit.op("Cast", x, like=x, dtype=_FLOAT, to=int(_FLOAT))

@@ -1,4 +1,4 @@
-"""The statistics of a collection: sums that merge by adding, with what they are sums of."""
+"""The statistics of a collection: the sums of its layers with what they are sums of, saved, loaded and merged."""
 
 from __future__ import annotations
 
@@ -16,153 +16,15 @@ import safetensors.numpy
 
 import onnx_kfe
 from onnx_kfe.calibration._heads import Head
+from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import replace_whole
-from onnx_kfe.kfe import Array, centre, symmetrize
+from onnx_kfe.kfe import Array, EigenMoments
 
-__all__ = ["LayerStatistics", "Statistics", "merge"]
+__all__ = ["Statistics", "merge"]
 
 _FORMAT = "onnx-kfe statistics 1"
-_OTHER = ("samples", "common")  # fields that are no tensors of their own
-
-
-@dataclass
-class PositionMeans:
-    """Sums over rows, one for each entry of the leading axis, of what is averaged over the positions of a row.
-
-    K-FAC takes the positions of a sample for independent. Where they are not, as before a global average pooling that
-    hands all of them one gradient, changes at all positions add up coherently, and the loss is larger than ``A (x) G``
-    says, up to T times. Split input and cotangent into their mean over the positions and the deviations from it, which
-    are taken for independent; with the shares ``rho`` of their variance that the means carry, the trace of the Fisher
-    information is that of ``A (x) G`` times ``(1 - rho_A)(1 - rho_G) + T rho_A rho_G``: the deviations as in the
-    `expand` setting, the means as in the `reduce` setting of Eschenhagen et al. (2023).
-
-    Attributes:
-        rows: Number of rows.
-        input_mean: Sum of the means of the input, ``[c]``.
-        input_mean_square: Sum of their squared norms.
-        cotangent_mean_square: Sum of the squared norms of the means of the cotangent.
-    """
-
-    rows: float = 0.0
-    input_mean: Array = field(default_factory=lambda: np.zeros(1))
-    input_mean_square: float = 0.0
-    cotangent_mean_square: float = 0.0
-
-    def coherence(self, positions: float, input_variance: float, cotangent_square: float) -> float:
-        """``(1 - rho_A)(1 - rho_G) + T rho_A rho_G``.
-
-        Args:
-            positions: Positions summed over.
-            input_variance: Variance of the input over all positions, summed over channels.
-            cotangent_square: Mean squared norm of the cotangent, the trace of G.
-        """
-        centre_square = float(np.square(self.input_mean / self.rows).sum())
-        input_share = _share(self.input_mean_square / self.rows - centre_square, input_variance)
-        cotangent_share = _share(self.cotangent_mean_square / self.rows, cotangent_square)
-        independent = (1 - input_share) * (1 - cotangent_share)
-        return independent + positions / self.rows * input_share * cotangent_share
-
-    def cut(self, columns: np.ndarray, cotangent_share: float) -> PositionMeans:
-        """The sums over fewer channels, taking the shares of the means for the same in all of them.
-
-        Args:
-            columns: Input channels kept, ``[c]``.
-            cotangent_share: Share of the squared cotangents that is left.
-        """
-        kept, whole = (float(np.square(part).sum()) for part in (self.input_mean[columns], self.input_mean))
-        share = kept / whole if whole > 0 else float(columns.mean())
-        return PositionMeans(
-            self.rows, self.input_mean[columns], self.input_mean_square * share,
-            self.cotangent_mean_square * cotangent_share,
-        )  # fmt: skip
-
-    def __add__(self, other: PositionMeans) -> PositionMeans:
-        return PositionMeans(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
-
-
-def _share(part: float, whole: float) -> float:
-    return float(np.clip(part / whole, 0.0, 1.0)) if whole > 0 else 0.0
-
-
-@dataclass
-class LayerStatistics:
-    """Sums over samples and positions of one layer; patches are channel-major, ``i = c * taps``.
-
-    Attributes:
-        input_second_moment: Sum of ``x x^T``, ``[groups, i, i]``.
-        input_sum: Sum of x, ``[groups, i]``.
-        cotangent_second_moment: Sum of ``g g^T``, ``[groups, o, o]`` with o the output channels of a group.
-        positions: Number of positions summed over.
-        samples: Number of samples N.
-        common: What the positions of a sample have in common.
-    """
-
-    input_second_moment: Array
-    input_sum: Array
-    cotangent_second_moment: Array
-    positions: float
-    samples: int
-    common: PositionMeans = field(default_factory=lambda: PositionMeans())
-
-    @property
-    def mean(self) -> Array:
-        """mu, ``[groups, i]``, over samples and positions."""
-        return self.input_sum / self.positions
-
-    @property
-    def input_factor(self) -> Array:
-        """A, ``[groups, i, i]``: summed over positions, averaged over samples (`expand` setting)."""
-        return symmetrize(self.input_second_moment / self.samples)
-
-    @property
-    def centred_input_factor(self) -> Array:
-        """A less what the bias absorbs, ``A - T mu mu^T``."""
-        return centre(self.input_factor, self.mean, self.positions / self.samples)
-
-    @property
-    def output_factor(self) -> Array:
-        """G, ``[groups, o, o]``: averaged over samples and positions."""
-        return symmetrize(self.cotangent_second_moment / self.positions)
-
-    @property
-    def coherence(self) -> float:
-        """Trace of the Fisher information over that of ``A (x) G``, see `PositionMeans`."""
-        if not self.common.rows:
-            return 1.0
-        variances = np.einsum("gii->gi", self.centred_input_factor).reshape(len(self.common.input_mean), -1)
-        middle = variances[:, variances.shape[1] // 2]  # the tap that sees the least of the padding
-        cotangent_square = np.einsum("gii->", self.output_factor)
-        return self.common.coherence(
-            self.positions, float(middle.sum()) * self.samples / self.positions, float(cotangent_square)
-        )
-
-    def cut(self, rows: np.ndarray, columns: np.ndarray) -> LayerStatistics:
-        """The statistics of the layer with fewer channels, as long as what is left of it stays as it is.
-
-        Args:
-            rows: Output channels kept, ``[out]`` over all groups, as many in each.
-            columns: Input channels kept, ``[in]`` over all groups, as many in each.
-        """
-        groups, outputs, _ = self.cotangent_second_moment.shape
-        taps = groups * self.input_sum.shape[1] // len(columns)
-        kept_rows = [np.flatnonzero(mask) for mask in rows.reshape(groups, outputs)]
-        kept_columns = [np.flatnonzero(np.repeat(mask, taps)) for mask in columns.reshape(groups, -1)]
-        inputs = [moment[np.ix_(k, k)] for moment, k in zip(self.input_second_moment, kept_columns, strict=True)]
-        cotangents = [moment[np.ix_(k, k)] for moment, k in zip(self.cotangent_second_moment, kept_rows, strict=True)]
-        sums = [total[k] for total, k in zip(self.input_sum, kept_columns, strict=True)]
-        rest = dataclasses.replace(
-            self, input_second_moment=np.stack(inputs), input_sum=np.stack(sums),
-            cotangent_second_moment=np.stack(cotangents),
-        )  # fmt: skip
-        if self.common.rows:
-            shares = (float(np.einsum("gii->", each)) for each in (rest.output_factor, self.output_factor))
-            after, before = shares
-            rest.common = self.common.cut(columns, after / max(before, np.finfo(np.float64).tiny))
-        return rest
-
-    def __add__(self, other: LayerStatistics) -> LayerStatistics:
-        return LayerStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+_OTHER = ("samples", "common", "eigen")  # fields that are no tensors of their own
 
 
 @dataclass
@@ -233,11 +95,14 @@ class Statistics:
     def _from_parts(cls, header: dict[str, Any], tensors: Mapping[str, Array]) -> Statistics:
         layers = {}
         for name, samples in header["layers"].items():
-            sums, common = (
-                {f.name: _number(tensors[f"{name}/{f.name}"]) for f in dataclasses.fields(kind) if f.name not in _OTHER}
-                for kind in (LayerStatistics, PositionMeans)
+            sums, common = (_read(kind, name, tensors) for kind in (LayerStatistics, PositionMeans))
+            moments = _read(EigenMoments, name, tensors) if f"{name}/second_moment" in tensors else None
+            layers[name] = LayerStatistics(
+                **sums,
+                samples=samples,
+                common=PositionMeans(**common),
+                eigen=None if moments is None else EigenMoments(**moments),
             )
-            layers[name] = LayerStatistics(**sums, samples=samples, common=PositionMeans(**common))
         return cls(
             header["model_hash"], header["seed"], header["samples"], [Head(**head) for head in header["heads"]],
             {name: tuple(shape) for name, shape in header["input_shapes"].items()}, layers, header["skipped"],
@@ -255,8 +120,15 @@ class Statistics:
 
 
 def _tensors(layer: LayerStatistics) -> dict[str, Any]:
-    fields = {**vars(layer), **vars(layer.common)}
-    return {key: value for key, value in fields.items() if key not in _OTHER}
+    fields = {**vars(layer), **vars(layer.common), **(vars(layer.eigen) if layer.eigen else {})}
+    return {key: value for key, value in fields.items() if key not in _OTHER and value is not None}
+
+
+def _read(kind: type, name: str, tensors: Mapping[str, Array]) -> dict[str, Any]:
+    """The fields of a part of a layer's statistics; those that are None by default may be missing."""
+    keys = {f.name: f"{name}/{f.name}" for f in dataclasses.fields(kind) if f.name not in _OTHER}
+    optional = {f.name for f in dataclasses.fields(kind) if f.default is None}
+    return {field: _number(tensors[key]) for field, key in keys.items() if key in tensors or field not in optional}
 
 
 def _number(array: Array) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +14,6 @@ from onnx_kfe.kfe import (
     BASES,
     Array,
     Coordinates,
-    EigenMoments,
     TwoFactor,
     Whitening,
     above_rounding,
@@ -117,15 +115,18 @@ class LayerProblem:
             basis: Its name.
             published: Take the factors as they were collected: inputs not centred, no damping.
         """
-        factors = [(group.input_factor, group.output_factor) for group in self.groups]
         seen = self.statistics
-        measured: Iterator[tuple[Array | None, EigenMoments | None]] = itertools.repeat((None, None))
-        if seen is not None and published:
+        factors = [(group.input_factor, group.output_factor) for group in self.groups]
+        if published and seen is not None:
             factors = list(zip(seen.input_factor, seen.output_factor, strict=True))
+        saliency = None if seen is None else seen.saliency
         return [
-            BASES[basis](weight, a, g, saliency=saliency, eigen=eigen)
-            for weight, (a, g), (saliency, eigen) in zip(self.weight, factors, measured, strict=False)
-        ]
+            BASES[basis](
+                weight, *factors[place], saliency=None if saliency is None else saliency[place],
+                eigen=None if seen is None else seen.eigen_moments(place),
+            )
+            for place, weight in enumerate(self.weight)
+        ]  # fmt: skip
 
     def loss(self, approximation: Array) -> float:
         """Predicted loss in nats per sample of replacing the weight ``[groups, o, c, *kernel]``."""

@@ -1,0 +1,125 @@
+"""A pass of an instrumented model over the data: the same batches, noise and grids wherever it runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_kfe.calibration._batches import Batch, batches
+from onnx_kfe.calibration._data import Dataset
+from onnx_kfe.calibration._forward import Forward
+from onnx_kfe.calibration._heads import Head, sample_noise
+from onnx_kfe.calibration._inputs import InputSpec, fixed_batch
+from onnx_kfe.calibration._instrument import PHASE_INPUT, activation_bytes, noise_input
+from onnx_kfe.errors import KfeError
+from onnx_kfe.graph import Network, concrete_shapes, nominal_input_shapes
+from onnx_kfe.runtime import create_session
+
+__all__ = ["ACTIVATION_BUDGET", "Progress", "batch_size", "blocks", "input_specs", "run_pass"]
+
+ACTIVATION_BUDGET = 2**30  # bytes of activations of one batch, forward and backward together
+_LARGEST_BATCH = 64
+
+Progress = Callable[[int], None]
+
+
+def input_specs(model: ir.Model) -> list[InputSpec]:
+    """What the model takes, as the data readers want it."""
+    specs = []
+    for value in model.graph.inputs:
+        if value.is_initializer() or value.dtype is None:
+            continue
+        shape = tuple(size if isinstance(size, int) else size.value for size in value.shape or ())
+        specs.append(InputSpec(value.name or "", np.dtype(value.dtype.numpy()), shape))
+    return specs
+
+
+def batch_size(network: Network, input_shapes: Mapping[str, Sequence[int]]) -> int:
+    """Samples run together: a function of the model and its input shapes, so that shards divide the data alike."""
+    shapes = concrete_shapes(network.model, nominal_input_shapes(network.model, input_shapes))
+    return int(np.clip(ACTIVATION_BUDGET // (3 * max(activation_bytes(network.model, shapes), 1)), 1, _LARGEST_BATCH))
+
+
+def blocks(
+    data: Dataset, size: int, specs: Sequence[InputSpec], shard: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[int, Batch]]:
+    """Batches within blocks of consecutive indices, so that any shard sees the batches of the single run.
+
+    Args:
+        data: The samples.
+        size: Samples run together.
+        specs: What the model takes.
+        shard: ``(i, n)``: the i-th of n parts.
+
+    Yields:
+        Number of the block, and a batch of it.
+    """
+    fixed = fixed_batch(specs) or 1
+    length = size if fixed == 1 else 16 * fixed
+    index, count = shard
+    chosen = data if count == 1 else data.where(lambda place: place // length % count == index)
+    for block, items in itertools.groupby(chosen, key=lambda item: item.index // length):
+        for batch in batches(items, size, specs):
+            yield block, batch
+
+
+def run_pass(
+    model: bytes,
+    names: Sequence[str],
+    numbered: Iterable[tuple[int, Batch]],
+    forward: Forward,
+    heads: list[Head],
+    seed: int,
+    *,
+    providers: Sequence[str],
+    threads: int | None,
+    progress: Progress,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Run an instrumented model over batches.
+
+    Args:
+        model: Serialised.
+        names: Its outputs.
+        numbered: As of `blocks`.
+        forward: The model up to its heads.
+        heads: The heads, with their scales.
+        seed: Seed of noise and positions.
+        providers: Execution providers, CPU when empty.
+        threads: Threads, all cores when None.
+        progress: Called with the number of samples done since the last call.
+
+    Yields:
+        Samples of a batch, and its outputs by name.
+
+    Raises:
+        KfeError: ONNX Runtime fails on a batch.
+    """
+    session = create_session(model, providers=providers, threads=threads)
+    for block, batch in numbered:
+        feeds = _feeds(session, batch, forward, heads, seed, block)
+        yield len(batch), dict(zip(names, _run(session, names, feeds), strict=True))
+        progress(len(batch))
+
+
+def _feeds(
+    session: Any, batch: Batch, forward: Forward, heads: list[Head], seed: int, block: int
+) -> dict[str, np.ndarray]:
+    shapes = forward.sample_shapes(batch)
+    drawn = [sample_noise(heads, shapes, seed, int(index)) for index in batch.indices]
+    noise = {noise_input(head): np.concatenate([row[place] for row in drawn]) for place, head in enumerate(heads)}
+    first = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64))).integers(0, 2**20, 2)
+    phase = first + block  # successive batches take successive rows, so that all are taken equally often
+    feeds = {**batch.feeds, **noise, PHASE_INPUT: phase}
+    return {value.name: feeds[value.name] for value in session.get_inputs()}
+
+
+def _run(session: Any, names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    try:
+        return session.run(names, feeds)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise KfeError(f"the instrumented model failed in ONNX Runtime: {reason}") from error
