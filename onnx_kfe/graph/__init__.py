@@ -15,12 +15,17 @@ from onnx_kfe.graph._layers import Geometry, Layer, count_macs, count_parameters
 from onnx_kfe.graph._network import Network, open_network
 from onnx_kfe.graph._normalize import normalize
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
+from onnx_kfe.graph.groups import ChannelGroup, ChannelGroups, LayerCut, Member, find_groups
 
 __all__ = [
     "Branch",
+    "ChannelGroup",
+    "ChannelGroups",
     "Geometry",
     "Junction",
     "Layer",
+    "LayerCut",
+    "Member",
     "ModelSource",
     "Network",
     "check_output",
@@ -28,6 +33,7 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "find_branches",
+    "find_groups",
     "find_junction",
     "find_layers",
     "fingerprint",

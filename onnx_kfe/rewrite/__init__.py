@@ -2,6 +2,7 @@
 
 from onnx_kfe.rewrite._absorb import AbsorbPass
 from onnx_kfe.rewrite._apply import apply_plan, removed_chain, sketch_plan, solve_plan, write_chains
+from onnx_kfe.rewrite._channels import ChannelPass
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
 from onnx_kfe.rewrite._remove import RemovePass
@@ -9,6 +10,7 @@ from onnx_kfe.rewrite._remove import RemovePass
 __all__ = [
     "AbsorbPass",
     "Chain",
+    "ChannelPass",
     "FactorizePass",
     "Merge",
     "MergePass",

@@ -1,0 +1,19 @@
+"""Channel dependency groups: which channels of which layers can only be removed together."""
+
+from onnx_kfe.graph.groups import (
+    _elementwise,
+    _linear,
+    _movement,
+    _normalization,
+    _pooling,
+    _reshape,
+    _selection,
+)
+from onnx_kfe.graph.groups._find import find_groups
+from onnx_kfe.graph.groups._flow import Constant, Keep, Site
+from onnx_kfe.graph.groups._groups import ChannelGroup, ChannelGroups, LayerCut, Member
+
+__all__ = ["ChannelGroup", "ChannelGroups", "Constant", "Keep", "LayerCut", "Member", "Site", "find_groups"]
+
+# Imported for the rules they register.
+del _elementwise, _linear, _movement, _normalization, _pooling, _reshape, _selection

@@ -1,0 +1,220 @@
+"""What a rule is given: the coordinates of every value so far, and the places that change when coordinates go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnx_kfe.graph.groups._coordinates import STAYS, Coordinates, Ids
+
+__all__ = ["Axes", "Constant", "Declined", "Flow", "Keep", "Linear", "Site", "constant_of", "operand"]
+
+Axes = Sequence[Ids | None]
+"""For each axis of a value its coordinates ``[size]``, None where all indices stay."""
+
+Constant = npt.NDArray[Any]
+Keep = Callable[[Ids], npt.NDArray[np.bool_]]
+"""Which coordinates are kept, `STAYS` among them."""
+
+
+class Declined(Exception):
+    """A rule cannot tell what removing coordinates does to this node; the message continues the name of the node."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Something of a node that changes when coordinates go.
+
+    Attributes:
+        node: The node.
+        place: The index of a constant input, or the name of an attribute of integers.
+        ids: The coordinates that it depends on.
+        edit: `(what is there now, which are kept) -> what is to be there`; None for nothing.
+    """
+
+    node: ir.Node
+    place: int | str
+    ids: Ids
+    edit: Callable[[Constant | None, Keep], Constant | None]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Coordinates at a linear node.
+
+    Attributes:
+        rows: Those of the output channels ``[out]``.
+        columns: Those of the input channels ``[in]``.
+        groups: Groups of a convolution; 1 otherwise.
+        weighted: Whether the weight is a constant.
+    """
+
+    rows: Ids
+    columns: Ids
+    groups: int = 1
+    weighted: bool = True
+
+    @property
+    def sides(self) -> tuple[tuple[Literal["rows", "columns"], Ids], ...]:
+        """The coordinates of both sides."""
+        return ("rows", self.rows), ("columns", self.columns)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each group reads a single channel."""
+        return self.groups > 1 and self.groups == len(self.columns)
+
+
+class Flow:
+    """Coordinates on their way through a graph.
+
+    Args:
+        opset: Version of the ONNX operators.
+        shapes: Concrete shapes by the name of the value.
+        unselected: Reason by the name of layers that are to stay as they are.
+    """
+
+    def __init__(self, opset: int, shapes: Mapping[str, tuple[int, ...]], unselected: Mapping[str, str]) -> None:
+        self.opset = opset
+        self.coordinates = Coordinates()
+        self.sites: list[Site] = []
+        self.linear: dict[str, Linear] = {}
+        self.sizes: dict[ir.Value, Sequence[Ids | None]] = {}  # elements of integers that are sizes of such an axis
+        self.values: dict[ir.Value, Axes] = {}
+        self._shapes = shapes
+        self._unselected = unselected
+        self._weights: dict[ir.Value, tuple[ir.Node, Linear]] = {}
+
+    def shape(self, value: ir.Value) -> tuple[int, ...]:
+        """The concrete shape of a value.
+
+        Raises:
+            Declined: It is not known.
+        """
+        if value.const_value is not None:
+            return tuple(value.const_value.shape.numpy())
+        if (value.name or "") not in self._shapes:
+            raise Declined(f"meets '{value.name}', whose shape is unknown")
+        return self._shapes[value.name or ""]
+
+    def axes(self, value: ir.Value) -> Axes:
+        """The coordinates of a value."""
+        return self.values[value] if value in self.values else (None,) * len(self.shape(value))
+
+    def assign(self, value: ir.Value, axes: Axes) -> None:
+        """Set the coordinates of a value, where there are any."""
+        axes = [None if ids is None or np.all(ids == STAYS) else ids for ids in axes]
+        if any(ids is not None for ids in axes):
+            self.values[value] = axes
+
+    def freeze(self, node: ir.Node, ids: Ids | None, what: str) -> None:
+        """Have coordinates stay because of a node; `what` continues its name."""
+        self.coordinates.freeze(ids, f"{node.op_type} '{node.name}' {what}")
+
+    def unite(self, node: ir.Node, first: Ids | None, second: Ids | None) -> None:
+        """Tie the coordinates of two axes that meet in a node."""
+        self.coordinates.unite(first, second, f"{node.op_type} '{node.name}' ties it to channels that stay")
+
+    def join(self, node: ir.Node, places: Iterable[tuple[int, int]]) -> Ids | None:
+        """The coordinates of axes of inputs that meet, given as input and axis: tied, or trimmed from constants."""
+        met = [(place, axis, operand(node, place)) for place, axis in places]
+        computed = [self.axes(value)[axis] for _, axis, value in met if constant_of(value) is None]
+        tracked = next((ids for ids in computed if ids is not None), None)
+        if tracked is None:
+            return None
+        for ids in computed:
+            self.unite(node, tracked, ids)
+        for place, axis, value in met:
+            if constant_of(value) is not None:
+                self.trim(node, place, axis, tracked)
+        return tracked
+
+    def trim(self, node: ir.Node, place: int, axis: int, ids: Ids | None) -> None:
+        """Have a constant input lose the indices of an axis whose coordinates go."""
+        if ids is None:
+            return
+        if operand(node, place).is_graph_output():
+            self.freeze(node, ids, f"reads a graph output '{operand(node, place).name}'")
+        self.edit(node, place, ids, lambda array, keep: np.compress(keep(ids), _there(array), axis))
+
+    def edit(
+        self, node: ir.Node, place: int | str, ids: Ids, edit: Callable[[Constant | None, Keep], Constant | None]
+    ) -> None:
+        """Note a site; see `Site`."""
+        self.sites.append(Site(node, place, ids, edit))
+
+    def count(self, node: ir.Node, place: int | str, entries: Mapping[int, Ids | None], of: Axes = ()) -> None:
+        """Have entries of integers, at an input or in an attribute, be the number of coordinates that are kept.
+
+        Args:
+            node: The node.
+            place: As in `Site`.
+            entries: What to count by the index of the entry; None to leave it.
+            of: The axes that are counted parts of; the entries stand for themselves by default.
+        """
+        counted = {entry: ids for entry, ids in entries.items() if ids is not None}
+        if not counted:
+            return
+
+        def edit(sizes: Constant | None, keep: Keep) -> Constant:
+            changed = _there(sizes).copy()
+            for entry, ids in counted.items():
+                changed[entry] = keep(ids).sum()
+            return changed
+
+        self.edit(node, place, np.concatenate([ids for ids in of or counted.values() if ids is not None]), edit)
+
+    def follows(self, value: ir.Value, sizes: Mapping[int, Ids | None]) -> bool:
+        """Whether entries of computed integers are the sizes of axes, so that they change with these."""
+        entries = self.sizes.get(value, ())
+        pairs = [(ids, entries[place] if place < len(entries) else None) for place, ids in sizes.items()]
+        return all(ids is None or (size is not None and self._same(ids, size)) for ids, size in pairs)
+
+    def _same(self, first: Ids, second: Ids) -> bool:
+        return np.array_equal(self.coordinates.roots(first), self.coordinates.roots(second))
+
+    def add_linear(self, node: ir.Node, linear: Linear) -> None:
+        """Note a linear node; nodes that share a weight are tied, and those that are not selected stay."""
+        name = node.name or ""
+        self.linear[name] = linear
+        if name in self._unselected:
+            for _, ids in linear.sides:
+                self.coordinates.freeze(ids, self._unselected[name])
+        if not linear.weighted:
+            return
+        weight = operand(node, 1)
+        for other, place in weight.uses():
+            if other.op_type != node.op_type or place != 1:
+                reason = f"weight '{weight.name}' is shared with {other.op_type} '{other.name}'"
+                self.coordinates.freeze(linear.rows, reason)
+                self.coordinates.freeze(linear.columns, reason)
+        first, shared = self._weights.setdefault(weight, (node, linear))
+        alike = all(node.attributes.get(name) == first.attributes.get(name) for name in ("transB", "group"))
+        for one, other_ids in ((linear.rows, shared.rows), (linear.columns, shared.columns)):
+            if alike and len(one) == len(other_ids):
+                self.unite(node, one, other_ids)
+            else:
+                self.freeze(node, one, "reads a weight in another way than others do")
+                self.freeze(node, other_ids, "reads a weight in another way than others do")
+
+
+def constant_of(value: ir.Value | None) -> Constant | None:
+    """What an initializer holds, as it is stored; None for anything else."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """An input that the operator cannot do without."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _there(array: Constant | None) -> Constant:
+    assert array is not None
+    return array

@@ -1,0 +1,96 @@
+"""Operators that move axes, or put values side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_kfe.graph.groups._coordinates import STAYS
+from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, operand
+from onnx_kfe.graph.groups._registry import rule
+
+__all__: list[str] = []
+
+
+@rule("Transpose")
+def transpose(flow: Flow, node: ir.Node) -> Sequence[Axes]:
+    """The axes in another order."""
+    axes = flow.axes(operand(node, 0))
+    order = node.attributes.get_ints("perm") or range(len(axes))[::-1]
+    return [[axes[axis] for axis in order]]
+
+
+@rule("Squeeze")
+def squeeze(flow: Flow, node: ir.Node) -> Sequence[Axes]:
+    """Fewer axes. Those to go have to be named: a trimmed axis may come to have one index as well."""
+    axes = flow.axes(operand(node, 0))
+    given = [axis % len(axes) for axis in _given_axes(node)]
+    for axis in given:
+        flow.freeze(node, axes[axis], "needs one index of it")
+    return [[ids for axis, ids in enumerate(axes) if axis not in given]]
+
+
+@rule("Unsqueeze")
+def unsqueeze(flow: Flow, node: ir.Node) -> Sequence[Axes]:
+    """More axes."""
+    axes, given = list(flow.axes(operand(node, 0))), _given_axes(node)
+    rank = len(axes) + len(given)
+    for axis in sorted(axis % rank for axis in given):
+        axes.insert(axis, None)
+    return [axes]
+
+
+@rule("Concat")
+def concat(flow: Flow, node: ir.Node) -> Sequence[Axes]:
+    """One after the other along an axis, tied along the others."""
+    shapes = [flow.shape(operand(node, place)) for place in range(len(node.inputs))]
+    rank = len(shapes[0])
+    axis = node.attributes.get_int("axis", 0) % rank
+    axes = [
+        None if other == axis else flow.join(node, [(place, other) for place in range(len(node.inputs))])
+        for other in range(rank)
+    ]
+    parts = [flow.axes(operand(node, place))[axis] for place in range(len(node.inputs))]
+    if any(ids is not None for ids in parts):
+        axes[axis] = np.concatenate(
+            [np.full(shape[axis], STAYS) if ids is None else ids for ids, shape in zip(parts, shapes, strict=True)]
+        )
+    return [axes]
+
+
+@rule("Expand")
+def expand(flow: Flow, node: ir.Node) -> Sequence[Axes]:
+    """Axes of one index are repeated; the shape of the others is counted anew."""
+    axes = flow.axes(operand(node, 0))
+    target = constant_of(node.inputs[1])
+    (entries,) = flow.shape(operand(node, 1))
+    sizes = {axis - len(axes) + entries: ids for axis, ids in enumerate(axes) if axis >= len(axes) - entries}
+    if target is not None:
+        if any(ids is not None and target[entry] not in (1, len(ids)) for entry, ids in sizes.items()):
+            raise Declined("repeats it")
+        flow.count(node, 1, {entry: ids for entry, ids in sizes.items() if target[entry] != 1})
+    elif not flow.follows(operand(node, 1), sizes):
+        raise Declined("is given a computed size of it")
+    return [[*(None for _ in range(entries - len(axes))), *axes]]
+
+
+@rule("Tile")
+def tile(flow: Flow, node: ir.Node) -> Sequence[Axes]:
+    """The coordinates again and again."""
+    axes, repeats = flow.axes(operand(node, 0)), constant_of(node.inputs[1])
+    if repeats is None:
+        raise Declined("repeats it by a computed number")
+    return [[None if ids is None else np.tile(ids, times) for ids, times in zip(axes, repeats.tolist(), strict=True)]]
+
+
+def _given_axes(node: ir.Node) -> list[int]:
+    """The axes that are named, by an attribute or by an input."""
+    axes = node.attributes.get_ints("axes")
+    if axes is None and len(node.inputs) > 1:
+        given = constant_of(node.inputs[1])
+        axes = None if given is None else given.reshape(-1).tolist()
+    if axes is None:
+        raise Declined("does not name its axes")
+    return list(axes)
