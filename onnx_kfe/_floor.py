@@ -14,7 +14,7 @@ from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, UsageError
 from onnx_kfe.evaluation import METRICS, RATES, Drop, Quality, default_metric, measured_drop
 from onnx_kfe.graph import Network
-from onnx_kfe.planning import Attempt, Budget, Plan, Planner, meets, search
+from onnx_kfe.planning import AnyPlanner, Attempt, Budget, Plan, meets, search
 from onnx_kfe.progress import Progress
 
 __all__ = ["Floor", "Judge", "Trial", "check_floor", "format_drop"]
@@ -124,7 +124,7 @@ class Judge:
     def smallest(
         self,
         network: Network,
-        planner: Planner,
+        planner: AnyPlanner,
         kind: type[Budget],
         rewrite: Callable[[Plan], Rewritten],
         progress: Progress,
@@ -150,7 +150,7 @@ class Judge:
         def attempt(budget: float) -> Trial:
             plan = planner.plan(kind(budget))
             plan = dataclasses.replace(plan, budget=f"--max-drop {self._max_drop:g} --metric {self._metric}")
-            key = tuple(plan.changed.items())
+            key = (*plan.changed.items(), *plan.channels.items())
             if not key:
                 return Trial(1.0, 0.0, 0.0, 0.0, 0.0)
             if key not in trials:

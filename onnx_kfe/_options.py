@@ -13,16 +13,19 @@ import typer
 
 from onnx_kfe import recovery
 from onnx_kfe._bandit_search import DEFAULT_EVALUATIONS
+from onnx_kfe._recipe import CURVATURES
 from onnx_kfe.calibration import ImageOptions, image_preset
 from onnx_kfe.errors import UsageError
 from onnx_kfe.evaluation import METRICS
 from onnx_kfe.graph import Network, open_network
+from onnx_kfe.kfe import BASES
 from onnx_kfe.pipeline import DEFAULT_SAMPLES
-from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Latency, Macs, Milliseconds, Params
+from onnx_kfe.planning import DEFAULT_ROUND_TO, METHODS, Budget, Latency, Macs, Milliseconds, Params
 
 __all__ = [
     "DEFAULT_MEMORY",
     "Budgets",
+    "Curvature",
     "Data",
     "Floor",
     "Heads",
@@ -31,10 +34,12 @@ __all__ = [
     "Labels",
     "Machine",
     "Memory",
+    "Method",
     "Model",
     "Output",
     "Providers",
     "Recovery",
+    "Rounds",
     "Sampling",
     "Search",
     "Selection",
@@ -64,6 +69,11 @@ _ROUND_HELP = f"Ranks are multiples of this, less in small layers: {DEFAULT_ROUN
 _KINDS: dict[str, type[Budget]] = {kind.option.removeprefix("--"): kind for kind in (Macs, Params, Latency)}
 _MINIMIZE_HELP = f"What --max-drop makes small: {', '.join(_KINDS)}."
 _SEARCH_HELP = f"bandit: refine the plan by measuring models, {DEFAULT_EVALUATIONS} unless --evaluations says else."
+_METHOD_HELP = f"What goes: {', '.join(METHODS)}; by an importance, channels go, so that no nodes are added."
+_BASIS_HELP = f"What an importance is of: {', '.join(BASES)}; channels by default."
+_CHANNELS_HELP = "Remove channels first, to this share of the MACs, then choose forms."
+_CURVATURE_HELP = f"{' or '.join(CURVATURES)}: ekfac measures variances in the eigenbases, in a second pass."
+Curvature = Annotated[str, typer.Option("--curvature", help=_CURVATURE_HELP)]
 _PRESET_HELP = "Image preprocessing by name, e.g. imagenet, unit, raw."
 
 
@@ -175,6 +185,33 @@ class Search:
         if self.search is None and self.evaluations is not None:
             raise UsageError("--evaluations is how much --search may measure: give --search bandit too")
         return {"evaluations": None if self.search is None else self.evaluations or DEFAULT_EVALUATIONS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is pruned, and by what."""
+
+    method: Annotated[str | None, typer.Option("--method", help=_METHOD_HELP)] = None
+    basis: Annotated[str | None, typer.Option("--basis", help=_BASIS_HELP)] = None
+    channels: Annotated[float | None, typer.Option("--channels", help=_CHANNELS_HELP)] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments of the API."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """How often statistics are collected, and of what."""
+
+    iterations: Annotated[int, typer.Option(min=1, help="Rounds, with statistics collected anew in each.")] = 1
+    curvature: Curvature = "kfac"
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments of the API."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)

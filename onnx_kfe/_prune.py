@@ -13,18 +13,20 @@ import onnx_ir as ir
 from onnx_kfe import calibration, recovery
 from onnx_kfe._bandit_search import refine_plan
 from onnx_kfe._floor import Judge
-from onnx_kfe._latency_goal import Lap, Stadium, meet
+from onnx_kfe._latency_goal import Lap, Stadium
 from onnx_kfe._measure import Machine, head_specs, measure_latency, measure_quality, note_skipped
+from onnx_kfe._recipe import Recipe, make_plan, make_planner
+from onnx_kfe._rounds import prune_in_rounds
 from onnx_kfe.calibration import Dataset, Statistics, fixed_batch, input_specs, synthetic_dataset
 from onnx_kfe.errors import KfeError
 from onnx_kfe.evaluation import Quality
 from onnx_kfe.graph import ModelSource, Network
-from onnx_kfe.planning import DEFAULT_ROUND_TO, Budget, Latency, Macs, Plan, Planner
+from onnx_kfe.planning import Budget, Latency, Macs, Plan, Planner
 from onnx_kfe.progress import Progress, StagesOnly
 from onnx_kfe.result import Result
-from onnx_kfe.rewrite import solve_plan, write_chains
+from onnx_kfe.rewrite import Chain, Narrowed, add_losses, narrow, solve_plan, write_chains
 
-__all__ = ["DEFAULT_BUDGET", "Pruning", "Recovery", "Samples", "at_seen_shapes", "collect", "divide", "make_plan"]
+__all__ = ["DEFAULT_BUDGET", "Pruning", "Recovery", "Samples", "at_seen_shapes", "collect", "divide"]
 
 DEFAULT_BUDGET = Macs(0.75)
 _HELD_BACK = 0.2
@@ -80,6 +82,8 @@ class Pruning:
     heads: Mapping[str, str] | None
     machine: Machine
     recovery: Recovery
+    recipe: Recipe
+    seed: int
     progress: Progress
 
     def judge(self, max_drop: float, metric: str | None) -> Judge:
@@ -94,15 +98,18 @@ class Pruning:
         share = 1.0 if self.samples.used is None else _HELD_BACK
         return Judge(lambda model: self._quality(model, dataset, quiet), self.network.original, max_drop, metric, share)
 
-    def collect(self, seed: int) -> None:
+    def collect(self) -> None:
         """Collect statistics where none were given and there are samples."""
         if self.statistics is None and self.samples.used is not None:
             self.statistics = collect(
-                self.network, self.samples.used, self.heads, seed, (0, 1), self.machine, self.progress
-            )
+                self.network, self.samples.used, self.heads, self.seed, (0, 1), self.machine, self.progress,
+                self.recipe.curvature,
+            )  # fmt: skip
         if self.statistics is None:
             self.progress.note("no data: only what the weights alone justify is pruned, and quality will be unproven")
         else:
+            if self.recipe.curvature == "ekfac" and not any(s.eigen for s in self.statistics.layers.values()):
+                raise KfeError("the statistics have no variances in the eigenbases: collect with --curvature ekfac")
             self.network = at_seen_shapes(self.network, self.statistics)
             if shortage := _shortage(self.network, self.statistics):
                 self.progress.note(shortage)
@@ -115,14 +122,19 @@ class Pruning:
         if not isinstance(plan, Plan):
             default = () if self.statistics is None else (DEFAULT_BUDGET,)
             budgets = [plan] if isinstance(plan, Budget) else list(plan or default)
-            plan, laps, planner = make_plan(
-                self.network, self.statistics, budgets, self.machine, self.progress, round_to=round_to
+            if self.recipe.rounds > 1:
+                return self._in_rounds(budgets, round_to)
+            found = make_plan(
+                self.network, self.statistics, budgets, self.machine, self.progress,
+                round_to=round_to, recipe=self.recipe,
             )  # fmt: skip
+            plan, laps = found.plan, found.laps
             if evaluations is not None:
                 assert self.statistics is not None
                 assert self.samples.used is not None
+                assert isinstance(found.planner, Planner)
                 plan = refine_plan(
-                    self.network, planner, plan, budgets, self.statistics, self.samples.used, self.machine,
+                    self.network, found.planner, plan, budgets, self.statistics, self.samples.used, self.machine,
                     evaluations, self.progress,
                 )  # fmt: skip
         model, losses = self._rewritten(plan, self.progress, self.recovery.checkpoint)
@@ -131,17 +143,34 @@ class Pruning:
     def smallest(self, judge: Judge, kind: type[Budget], round_to: int | None) -> Result:
         """The smallest model above a quality floor, small in what the budget is of."""
         assert self.statistics is not None
-        latency = None
-        if issubclass(kind, Latency):
-            latency = Stadium(self.network, self.machine).measure(round_to, self.progress)
-        with self.progress.stage("planning"):
-            grid = round_to or DEFAULT_ROUND_TO
-            planner = Planner(self.network, self.statistics, round_to=grid, latency=latency)
+        stadium = Stadium(self.network, self.machine) if issubclass(kind, Latency) else None
+        planner = make_planner(
+            self.network, self.statistics, self.recipe.method, round_to, stadium, self.progress
+        )  # fmt: skip
         quiet = StagesOnly(self.progress)
         chosen, (model, losses), floor = judge.smallest(
             self.network, planner, kind, lambda plan: self._rewritten(plan, quiet, None), self.progress
         )
         return Result(self.network, model, chosen, losses, self.statistics, source=self.source, floor=floor)
+
+    def _in_rounds(self, budgets: Sequence[Budget], round_to: int | None) -> Result:
+        """The model that several rounds lead to."""
+        samples = self.samples.used
+        assert self.statistics is not None
+        assert samples is not None
+
+        def collected(network: Network) -> Statistics:
+            quiet = StagesOnly(self.progress)
+            return collect(network, samples, self.heads, self.seed, (0, 1), self.machine, quiet, self.recipe.curvature)
+
+        rounds = prune_in_rounds(
+            self.network, self.statistics, budgets, self.recipe, round_to, self.machine, collected, self.progress
+        )  # fmt: skip
+        narrowed = Narrowed(rounds.network, rounds.statistics, rounds.losses)
+        model = self._written(narrowed, rounds.plan, rounds.chains, self.progress, self.recovery.checkpoint)
+        return Result(
+            self.network, model, rounds.plan, rounds.losses, self.statistics, source=self.source, laps=rounds.laps
+        )  # fmt: skip
 
     def measure(self, result: Result) -> None:
         """Measure quality and latency of the result; on synthetic inputs where there is nothing else."""
@@ -159,21 +188,33 @@ class Pruning:
 
     def _rewritten(self, plan: Plan, progress: Progress, checkpoint: Path | None) -> tuple[ir.Model, dict[str, float]]:
         """The model of a plan, and by changed layer the loss that was predicted, before any refit."""
-        network, statistics, samples = self.network, self.statistics, self.samples.used
+        narrowed = narrow(self.network, plan, self.statistics)
         with progress.stage("rewriting", len(plan.changed)) as advance:
-            chains, losses = solve_plan(network, plan, statistics, progress=lambda layer: advance(1))
-        if not self.recovery.refit or samples is None or statistics is None or not plan.changed:
-            return write_chains(network, plan, statistics, chains), losses
+            chains, losses = solve_plan(
+                narrowed.network, plan, narrowed.statistics, progress=lambda layer: advance(1)
+            )  # fmt: skip
+        model = self._written(narrowed, plan, chains, progress, checkpoint)
+        return model, add_losses(narrowed.losses, losses)
+
+    def _written(
+        self, narrowed: Narrowed, plan: Plan, chains: Mapping[str, Chain], progress: Progress, checkpoint: Path | None
+    ) -> ir.Model:
+        """The model of a narrowed network and chains in it, refitted where it can be."""
+        network, statistics, _ = narrowed
+        samples = self.samples.used
+        wanted = self.recovery.refit and self.recipe.refits
+        if not wanted or samples is None or statistics is None or not plan.changes:
+            return write_chains(network, plan, statistics, chains)
         if reason := recovery.refusal(network, samples):
             progress.note(f"not refitted: {reason}")
-            return write_chains(network, plan, statistics, chains), losses
+            return write_chains(network, plan, statistics, chains)
         layers = [name for name in plan.choices if name in statistics.layers]
         with progress.stage("refitting", len(layers)) as advance:
             chains = recovery.refit(
                 network, plan, statistics, samples, memory=self.recovery.memory, checkpoint=checkpoint,
                 providers=self.machine.providers, threads=self.machine.threads, progress=lambda layer: advance(1),
             )  # fmt: skip
-        return write_chains(network, plan, statistics, chains), losses
+        return write_chains(network, plan, statistics, chains)
 
     def _quality(self, model: ir.Model, dataset: Dataset, progress: Progress) -> Quality:
         if self.statistics is not None:
@@ -191,8 +232,9 @@ def collect(
     shard: tuple[int, int],
     machine: Machine,
     progress: Progress,
+    curvature: str = "kfac",
 ) -> Statistics:
-    """Collect statistics, saying what the outputs are taken for.
+    """Collect statistics, saying what the outputs are taken for; in a second pass over the data those of EKFAC.
 
     Raises:
         KfeError: There are no samples, or collection fails.
@@ -203,35 +245,16 @@ def collect(
     if next(iter(dataset), None) is None:
         raise KfeError(f"{dataset.describe()}: no samples to collect statistics on")
     with progress.stage("collecting", dataset.count()) as advance:
-        return calibration.collect(
+        statistics = calibration.collect(
             network, dataset, heads=heads, seed=seed, shard=shard, providers=machine.providers,
             threads=machine.threads, progress=advance,
         )  # fmt: skip
-
-
-def make_plan(
-    network: Network,
-    statistics: Statistics | None,
-    budgets: Sequence[Budget],
-    machine: Machine,
-    progress: Progress,
-    *,
-    round_to: int | None,
-) -> tuple[Plan, list[Lap], Planner]:
-    """The plan for budgets, the models that were timed for it where one is of latency, and what made it.
-
-    Raises:
-        BudgetError: The budgets cannot be met.
-    """
-    stadium = latency = None
-    if any(isinstance(budget, Latency) for budget in budgets):
-        stadium = Stadium(network, machine)
-        latency = stadium.measure(round_to, progress)
-    with progress.stage("planning"):
-        planner = Planner(network, statistics, round_to=round_to or DEFAULT_ROUND_TO, latency=latency)
-        if stadium is None:
-            return (planner.plan(*budgets) if budgets or statistics else planner.smallest()), [], planner
-    return *meet(network, planner, budgets, stadium, progress), planner
+    if curvature == "kfac":
+        return statistics
+    with progress.stage("collecting in the eigenbases", dataset.count()) as advance:
+        return calibration.collect_eigen_moments(
+            network, statistics, dataset, providers=machine.providers, threads=machine.threads, progress=advance
+        )
 
 
 def _shortage(network: Network, statistics: Statistics) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from onnx_kfe._latency_goal import Lap, Stadium, meet
 from onnx_kfe._measure import Machine
@@ -13,7 +13,6 @@ from onnx_kfe.graph import Network
 from onnx_kfe.kfe import IMPORTANCES
 from onnx_kfe.planning import (
     DEFAULT_ROUND_TO,
-    DENSE,
     AnyPlanner,
     Budget,
     ChannelPlanner,
@@ -41,13 +40,13 @@ class Recipe:
 
     Attributes:
         method: What is pruned, and by what.
-        channels: Remove channels first until this share of the MACs is left, and choose forms for the rest; None for one
-            or the other.
+        channels: Remove channels first, until this share of the MACs is left, then choose forms; None for one or the
+            other.
         rounds: In how many rounds, with statistics collected anew in each.
         curvature: ``kfac``, or ``ekfac`` for variances measured in the eigenbases.
     """
 
-    method: Method = Method()
+    method: Method = field(default_factory=Method)
     channels: float | None = None
     rounds: int = 1
     curvature: str = "kfac"
@@ -71,7 +70,7 @@ class Recipe:
         if channels is not None and chosen.basis != "channel":
             raise UsageError(f"--channels: channels go by {', '.join(IMPORTANCES)}, not by --method {chosen.name}")
         if rounds > 1 and (chosen.basis is None or channels is not None):
-            raise UsageError("--iterations: forms are chosen at once; it goes with the other methods, without --channels")
+            raise UsageError("--iterations: forms are chosen at once; it goes with other methods, without --channels")
         if curvature not in CURVATURES:
             raise UsageError(f"--curvature {curvature}: it can be {', '.join(CURVATURES)}")
         if curvature == "ekfac" and (chosen.basis != "kfe" or chosen.name not in _USE_VARIANCES):
@@ -110,7 +109,7 @@ def make_plan(
     progress: Progress,
     *,
     round_to: int | None = None,
-    recipe: Recipe = Recipe(),
+    recipe: Recipe,
 ) -> Planned:
     """The plan of a recipe for budgets.
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from onnx_kfe._latency_goal import Lap, Stadium, meet
 from onnx_kfe._measure import Machine
 from onnx_kfe._recipe import Recipe, make_planner
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import UsageError
-from onnx_kfe.graph import Network, open_network
+from onnx_kfe.graph import Geometry, Network, open_network
 from onnx_kfe.kfe import Array
 from onnx_kfe.planning import (
     Budget,
@@ -25,6 +23,7 @@ from onnx_kfe.planning import (
     Macs,
     Milliseconds,
     Plan,
+    Stage,
     bottleneck,
     compose,
     network_cost,
@@ -155,7 +154,9 @@ def _direction_rounds(
     form = recipe.method.form
     assert form is not None
     state = _Bottlenecks(network, form)
-    plan, laps, losses = Plan(network.fingerprint, {}, network_cost(network)), [], {}
+    plan = Plan(network.fingerprint, {}, network_cost(network))
+    laps: list[Lap] = []
+    losses: dict[str, float] = {}
     for place, budgets in enumerate(steps):
         cores: dict[str, LayerProblem] = {}
         if place:
@@ -224,6 +225,7 @@ class _Bottlenecks:
         """What layers became."""
         return {name: self._chain(name, self._form.written) for name in self._kept}
 
-    def _chain(self, name: str, write: Callable[..., list]) -> Chain:  # type: ignore[type-arg]
+    def _chain(self, name: str, write: Callable[[Directions, Geometry], list[Stage]]) -> Chain:
         layer = self._layers[name]
+        assert layer.geometry is not None
         return Chain(layer, self._form.name, write(self._kept[name], layer.geometry), self._bias[name])

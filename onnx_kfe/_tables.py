@@ -133,7 +133,7 @@ def show_result(result: Result) -> None:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in result.network.input_shapes.items())
         print_line(f"MACs are counted at {shapes}")
     _print_changes(result.plan)
-    if not result.plan.changed and result.statistics is None:
+    if not result.plan.changes and result.statistics is None:
         print_line("nothing was changed: the weights alone justify no smaller form, give --data", "yellow")
     if not result.proven:
         print_line("quality is unproven: it was measured on synthetic inputs only", "yellow")
@@ -244,6 +244,8 @@ def _print_floor(floor: Floor) -> None:
 
 def _print_changes(plan: Plan) -> None:
     _print_skipped(plan.skipped, "left alone")
+    for name, kept in plan.channels.items():
+        print_line(f"channels of {name}: {len(kept)} kept")
     print_line(f"{len(plan.changed)} layers changed, {len(plan.choices) - len(plan.changed)} best as they are")
 
 

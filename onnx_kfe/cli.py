@@ -15,7 +15,7 @@ from onnx_kfe._frontier import check_plot, save_frontier
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.graph import check_output
-from onnx_kfe.pipeline import CURVATURES, DEFAULT_SAMPLES
+from onnx_kfe.pipeline import DEFAULT_SAMPLES
 from onnx_kfe.planning import Macs, Plan
 from onnx_kfe.result import Result
 
@@ -23,7 +23,6 @@ __all__ = ["app", "main"]
 
 _INTERRUPTED = 130
 _DEMO_BUDGET = 0.5
-_CURVATURE_HELP = f"{' or '.join(CURVATURES)}: ekfac measures variances in the eigenbases, in a second pass."
 _FRONTIER_HELP = "Sweep the latency instead; -o is a plot (.png, .html) or .json; --data measures fidelity."
 _ClickError = cast(
     "type[Exception]", typer.BadParameter.__mro__[2]
@@ -92,7 +91,7 @@ def collect(
     data: options.Data = None,
     output: options.Output,
     shard: Annotated[str, typer.Option("--shard", help="i/n: collect the i-th of n parts, to be merged.")] = "0/1",
-    curvature: Annotated[str, typer.Option("--curvature", help=_CURVATURE_HELP)] = "kfac",
+    curvature: options.Curvature = "kfac",
     sampling: options.Sampling,
     heads: options.Heads,
     selection: options.Selection,
@@ -137,6 +136,7 @@ def plan(
     stats: Annotated[Path, typer.Option("--stats", help="Statistics of this model.")],
     output: options.Output,
     budget: options.Budgets,
+    method: options.Method,
     frontier: Annotated[bool, typer.Option("--frontier", help=_FRONTIER_HELP)] = False,
     data: options.Data = None,
     images: options.Images,
@@ -152,6 +152,8 @@ def plan(
     if frontier:
         if budget.given:
             raise UsageError("--frontier sweeps the latency by itself: drop the budgets")
+        if method != options.Method():
+            raise UsageError("--frontier sweeps plans of forms: drop --method, --basis and --channels")
         check_plot(output)
         points = kfe.frontier(
             selection.open(model), Statistics.load(stats), data or None, images=images.given, **shared
@@ -165,7 +167,7 @@ def plan(
         return
     if data:
         raise UsageError("--data is what --frontier measures on: a plan is made from the statistics")
-    chosen = kfe.plan(selection.open(model), Statistics.load(stats), *budget.given, **shared)
+    chosen = kfe.plan(selection.open(model), Statistics.load(stats), *budget.given, **method.given, **shared)
     chosen.save(output)
     if json:
         console.print_json({**chosen.as_dict(), "output": str(output)})
@@ -184,6 +186,8 @@ def prune(
     plan: Annotated[Path | None, typer.Option("--plan", help="A plan made before, instead of a budget.")] = None,
     budget: options.Budgets,
     floor: options.Floor,
+    method: options.Method,
+    rounds: options.Rounds,
     search: options.Search,
     sampling: options.Sampling,
     labels: options.Labels = None,
@@ -217,6 +221,8 @@ def prune(
         progress=console.ShownProgress(),
         **sampling.given,
         **floor.given,
+        **method.given,
+        **rounds.given,
         **search.given,
         checkpoint=output.with_name(f"{output.name}.refit"),
         **recovery.given,

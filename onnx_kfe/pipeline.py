@@ -14,13 +14,13 @@ from onnx_kfe._floor import check_floor
 from onnx_kfe._frontier import Point, sweep
 from onnx_kfe._latency_goal import Stadium
 from onnx_kfe._measure import Machine, benchmark, evaluate, head_specs, measure_quality, note_skipped
-from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, divide, make_plan
+from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, divide
+from onnx_kfe._recipe import CURVATURES, Recipe, make_plan
 from onnx_kfe.calibration import (
     Dataset,
     DataSource,
     ImageOptions,
     Statistics,
-    collect_eigen_moments,
     input_specs,
     open_dataset,
 )
@@ -46,7 +46,6 @@ __all__ = [
     "prune",
 ]
 
-CURVATURES = ("kfac", "ekfac")
 DEFAULT_SAMPLES = 1024
 
 Shapes = Mapping[str, Sequence[int]]
@@ -112,19 +111,14 @@ def collect(
     network = inspect(model)
     dataset = open_dataset(cast(DataSource, data), input_specs(network.model), images=images, max_samples=max_samples)
     shown.note(dataset.describe())
-    statistics = _prune.collect(network, dataset, heads, seed, shard, Machine(providers, threads), shown)
-    if curvature == "ekfac":
-        with shown.stage("collecting in the eigenbases", dataset.count()) as advance:
-            statistics = collect_eigen_moments(
-                network, statistics, dataset, providers=providers, threads=threads, progress=advance
-            )
+    statistics = _prune.collect(network, dataset, heads, seed, shard, Machine(providers, threads), shown, curvature)
     note_skipped(dataset, shown)
     return statistics
 
 
 def _check_curvature(curvature: str, shard: tuple[int, int]) -> None:
     if curvature not in CURVATURES:
-        raise UsageError(f"--curvature {curvature}: must be one of {', '.join(CURVATURES)}")
+        raise UsageError(f"--curvature {curvature}: it can be {', '.join(CURVATURES)}")
     if curvature == "ekfac" and shard != (0, 1):
         raise UsageError("--curvature ekfac: the eigenbases are those of all the data; collect without --shard")
 
@@ -133,6 +127,9 @@ def plan(
     model: Source,
     statistics: Statistics,
     *budgets: Budget,
+    method: str | None = None,
+    basis: str | None = None,
+    channels: float | None = None,
     round_to: int | None = None,
     providers: Sequence[str] = (),
     threads: int | None = None,
@@ -146,6 +143,9 @@ def plan(
         statistics: Its statistics.
         budgets: `Macs`, `Params`, `Latency`, `Milliseconds`. For a latency the layers and the forms that can take their
             place are measured here, and the plan's whole model as well.
+        method: ``forms`` when None, else one of `planning.METHODS`: what is least important goes, by one threshold.
+        basis: What an importance is of: ``channel`` (when None) or ``kfe``.
+        channels: Remove channels first, until this share of the MACs is left, and choose forms for the rest.
         round_to: Ranks are multiples of this (smaller ones for small layers); 16 when None, and with a latency what was
             measured to run fast.
         providers: Execution providers that a latency is of, CPU when empty.
@@ -159,7 +159,8 @@ def plan(
     """
     network = at_seen_shapes(inspect(model), statistics)
     machine, shown = Machine(providers, threads, batch), progress or Progress()
-    return make_plan(network, statistics, budgets, machine, shown, round_to=round_to)[0]
+    recipe = Recipe.of(method, basis, channels)
+    return make_plan(network, statistics, budgets, machine, shown, round_to=round_to, recipe=recipe).plan
 
 
 def frontier(
@@ -225,6 +226,11 @@ def prune(
     labels: str | os.PathLike[str] | None = None,
     heads: Mapping[str, str] | None = None,
     max_samples: int | None = DEFAULT_SAMPLES,
+    method: str | None = None,
+    basis: str | None = None,
+    channels: float | None = None,
+    iterations: int = 1,
+    curvature: str = "kfac",
     round_to: int | None = None,
     seed: int = 0,
     providers: Sequence[str] = (),
@@ -254,8 +260,14 @@ def prune(
         labels: CSV of ``file,label``.
         heads: Kind by output name where detection should be overruled.
         max_samples: At most this many samples.
+        method: ``forms`` when None, else one of `planning.METHODS`: what is least important goes, by one threshold.
+            EigenDamage is as published, and not refitted.
+        basis: What an importance is of: ``channel`` (when None) or ``kfe``.
+        channels: Remove channels first, until this share of the MACs is left, and choose forms for the rest.
+        iterations: Rounds of a method by importance, each with statistics collected anew on what is left.
+        curvature: ``kfac``, or ``ekfac`` for importances by variances measured in the eigenbases.
         round_to: Ranks are multiples of this (smaller ones for small layers); 16 when None, and with a latency what was
-            measured to run fast.
+            measured to run fast. Of eigendirections any number is kept when None.
         seed: Seed of noise and positions.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
@@ -278,12 +290,8 @@ def prune(
         UsageError: The arguments do not fit together.
     """
     check_floor(max_drop, metric, plan, data, evaluation_data)
-    if evaluations is not None and (isinstance(plan, Plan) or max_drop is not None or data is None):
-        raise UsageError(
-            "--search refines the plan for a budget on samples: give --data, and neither --plan nor --max-drop"
-        )
-    if evaluations is not None and isinstance(data, Statistics):
-        raise UsageError("--search measures models on samples: give --data beside the statistics")
+    recipe = Recipe.of(method, basis, channels, iterations, curvature)
+    _check_together(recipe, method, data, plan, max_drop, evaluations)
     shown = progress or Progress()
     network = inspect(model)
     if not network.prunable:
@@ -303,10 +311,34 @@ def prune(
     samples = divide(opened(data), test, floor=max_drop is not None)
     machine = Machine(providers, threads, batch)
     recovery = Recovery(refit, memory, None if checkpoint is None else Path(checkpoint))
-    run = Pruning(network, model, samples, statistics, heads, machine, recovery, shown)
+    run = Pruning(network, model, samples, statistics, heads, machine, recovery, recipe, seed, shown)
     judge = None if max_drop is None else run.judge(max_drop, metric)
-    run.collect(seed)
+    run.collect()
     result = run.smaller(plan, round_to, evaluations) if judge is None else run.smallest(judge, minimize, round_to)
     if measure:
         run.measure(result)
     return result
+
+
+def _check_together(
+    recipe: Recipe, method: str | None, data: object, plan: object, max_drop: float | None, evaluations: int | None
+) -> None:
+    """Refuse arguments of `prune` that do not go together.
+
+    Raises:
+        UsageError: Which, and what to do.
+    """
+    made = isinstance(plan, Plan)
+    if made and (method is not None or recipe.channels is not None or recipe.rounds > 1):
+        raise UsageError("--plan already says what to do: drop --method, --channels and --iterations, or drop --plan")
+    if evaluations is not None and (made or max_drop is not None or data is None or recipe != Recipe()):
+        raise UsageError(
+            "--search refines the forms of a plan for a budget on samples: give --data, and no --plan, --max-drop or "
+            "other --method"
+        )
+    if evaluations is not None and isinstance(data, Statistics):
+        raise UsageError("--search measures models on samples: give --data beside the statistics")
+    if max_drop is not None and (recipe.channels is not None or recipe.rounds > 1):
+        raise UsageError("--max-drop looks for the size by itself: drop --channels and --iterations")
+    if recipe.rounds > 1 and (data is None or isinstance(data, Statistics)):
+        raise UsageError("--iterations collects statistics anew in each round: give --data")

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -13,6 +14,9 @@ from onnx_kfe.errors import UsageError
 from onnx_kfe.graph._io import ModelSource, fingerprint, load, source_name
 from onnx_kfe.graph._layers import Layer, find_layers
 from onnx_kfe.graph._normalize import normalize
+
+if TYPE_CHECKING:
+    from onnx_kfe.graph.groups import LayerCut
 
 __all__ = ["Network", "open_network"]
 

@@ -50,8 +50,9 @@ def cut_layer(problem: LayerProblem, cut: LayerCut, compensates: bool) -> CutLay
     for place, group in enumerate(problem.groups):
         kept = np.ix_(rows[place], columns[place])
         if compensates:
+            # Outputs that go are made up for where they are read: both sides at once do it twice, and measure worse.
             factors = group.input_factor, group.output_factor
-            weights.append(compensate(group.weight, *factors, rows[place], columns[place]))
+            weights.append(compensate(group.weight, *factors, rows[place], columns[place], output_side=False))
         else:
             weights.append(group.weight[kept])
         approximation[place][kept] = weights[-1]

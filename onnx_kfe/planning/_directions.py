@@ -1,4 +1,4 @@
-"""Plans that drop the least important directions of every layer's Kronecker-factored eigenbasis, as EigenDamage does."""
+"""Plans that drop the least important directions of each layer's Kronecker-factored eigenbasis, as EigenDamage does."""
 
 from __future__ import annotations
 

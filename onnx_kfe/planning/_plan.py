@@ -105,7 +105,7 @@ class Plan:
         }  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON. ``form`` and ``ranks`` of a layer, and the channels kept, are for editing; costs are counted anew."""
+        """Write as JSON. ``form``, ``ranks`` and the channels kept are for editing; costs are counted anew."""
         replace_whole(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
 
     @classmethod
@@ -119,7 +119,9 @@ class Plan:
         data = _read(path)
         if data.get("model_hash") != network.fingerprint:
             raise KfeError(f"{path}: the plan is for another model than {network.name}")
-        kept = {name: _indices(f"{path}: channels of '{name}'", text) for name, text in data.get("channels", {}).items()}
+        kept = {
+            name: _indices(f"{path}: channels of '{name}'", text) for name, text in data.get("channels", {}).items()
+        }
         plan = cls(
             network.fingerprint, {}, network_cost(network), data.get("budget", ""), data.get("skipped", {}),
             kept, bool(data.get("compensates", False)),

@@ -36,7 +36,7 @@ class Lockstep:
     """Both models with the activations at their frontiers. Each sample passes each node of both once.
 
     Args:
-        network: The original.
+        network: The original, or what is left of it when channels went.
         layers: The layers that will be asked for, in order.
         removed: The branches that are left out.
         kept: Where activations are kept.
@@ -55,7 +55,10 @@ class Lockstep:
         providers: Sequence[str],
         threads: int | None,
     ) -> None:
-        self._model = network.model
+        whole = network.whole or network
+        self._model = whole.model
+        self._wholes = {layer.name: layer for layer in whole.layers}
+        self._cuts = network.cuts
         means = {chain.layer.name: chain.bias for chain in removed}
         self._smaller_model = RemovePass(means, keep_sums=True)(network.model.clone()).model
         self._kept = kept
@@ -64,10 +67,11 @@ class Lockstep:
         self._stored: set[str] = set()
         self._options: dict[str, Any] = {"providers": providers, "threads": threads}
         self._ahead = [layer.name for layer in layers]
-        outputs = {layer.output for layer in layers}
-        self._original = Frontier(self._model.graph, _targets(self._model.graph, outputs))
+        self._original = Frontier(
+            self._model.graph, _targets(self._model.graph, {self._wholes[layer.name].output for layer in layers})
+        )  # fmt: skip
         graph = self._smaller_model.graph
-        self._smaller = Frontier(graph, _targets(graph, outputs), _SMALLER)
+        self._smaller = Frontier(graph, _targets(graph, {layer.output for layer in layers}), _SMALLER)
 
     def take(self, data: Iterable[Batch], divisible: bool) -> None:
         """Keep the inputs, in batches enough to hold some out where batches can be divided."""
@@ -130,7 +134,7 @@ class Lockstep:
 
     def _wanted(self, layer: Layer) -> tuple[ir.Value, ir.Value | None]:
         """A value of the original, and one of the smaller model to be subtracted from it."""
-        output = self._original.value(layer.output)
+        output = self._original.value(self._wholes[layer.name].output)
         uses = list(output.uses())
         if len(uses) == 1 and uses[0].node.op_type == "Add":
             other = uses[0].node.inputs[1 - uses[0].idx]
@@ -150,11 +154,21 @@ class Lockstep:
         phase = ir.Value(name=_PHASE, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([2]))
         graph.inputs.append(phase)
         y, x, *beside = (named[name] for name in used)
+        emit = Emitter(graph, prefix="kfe/refit/")
+        y = self._left(emit, layer, y)
         share = self._share(layer, 1 + len(beside))
-        sampled = emit_samples(Emitter(graph, prefix="kfe/refit/"), layer, x, [y, *beside], phase, share)
+        sampled = emit_samples(emit, layer, x, [y, *beside], phase, share)
         graph.outputs.clear()
         graph.outputs.extend([*(named[name] for name in outputs), *sampled])
         return create_session(serialize(model), **self._options), [value.name or "" for value in sampled]
+
+    def _left(self, emit: Emitter, layer: Layer, value: ir.Value) -> ir.Value:
+        """Of an output of the original the channels that the layer still has."""
+        cut = self._cuts.get(layer.name)
+        if cut is None or cut.rows.all():
+            return value
+        axis = 1 if layer.op_type == "Conv" else -1
+        return emit.op("Gather", value, emit.ints(*np.flatnonzero(cut.rows).tolist()), axis=axis)
 
     def _share(self, layer: Layer, outputs: int) -> float:
         """Share of the positions that is enough for a regression on all inputs and fits into memory."""

@@ -50,9 +50,9 @@ def refit(
     give their mean output, as they did in the original.
 
     Args:
-        network: The original.
+        network: The original, narrowed as the plan says.
         plan: Forms and ranks.
-        statistics: G of every layer.
+        statistics: G of every layer, of what is left of it.
         data: Samples; labels are not used.
         memory: Bytes to keep in memory: three quarters for activations, of which the rest goes to a temporary folder,
             one for the columns of a layer, of which there are fewer where they would not fit.
@@ -143,7 +143,9 @@ def _pooled(first: InputMoments, second: InputMoments) -> tuple[Array, Array]:
 def _with_inputs(old: LayerStatistics, mean: Array, covariance: Array) -> LayerStatistics:
     """The statistics with other inputs: mean ``[groups, i]`` and centred second moment ``[groups, i, i]``."""
     second = covariance + mean[:, :, None] * mean[:, None, :]
-    return dataclasses.replace(old, input_second_moment=old.positions * second, input_sum=old.positions * mean)
+    return dataclasses.replace(
+        old, input_second_moment=old.positions * second, input_sum=old.positions * mean, eigen=None
+    )  # fmt: skip
 
 
 def _encoded(weight: Array, group: Samples) -> Samples:

@@ -1,11 +1,13 @@
 """Rewriting: plan in, smaller graph out."""
 
 from onnx_kfe.rewrite._absorb import AbsorbPass
-from onnx_kfe.rewrite._apply import apply_plan, removed_chain, sketch_plan, solve_plan, write_chains
+from onnx_kfe.rewrite._apply import add_losses, apply_plan, removed_chain, sketch_plan, solve_plan, write_chains
 from onnx_kfe.rewrite._channels import ChannelPass
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
+from onnx_kfe.rewrite._narrow import Narrowed, narrow
 from onnx_kfe.rewrite._remove import RemovePass
+from onnx_kfe.rewrite._reweigh import ReweighPass, Weights
 
 __all__ = [
     "AbsorbPass",
@@ -14,9 +16,14 @@ __all__ = [
     "FactorizePass",
     "Merge",
     "MergePass",
+    "Narrowed",
     "RemovePass",
+    "ReweighPass",
+    "Weights",
+    "add_losses",
     "apply_plan",
     "is_smaller",
+    "narrow",
     "removed_chain",
     "sketch_plan",
     "solve_plan",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
-
 from onnx_kfe.calibration import Statistics
-from onnx_kfe.graph import LayerCut, Network, find_groups
+from onnx_kfe.graph import Network, find_groups
 from onnx_kfe.planning import LayerProblem, Plan, cut_layer
 from onnx_kfe.rewrite._channels import ChannelPass
 from onnx_kfe.rewrite._reweigh import ReweighPass, Weights
@@ -61,6 +58,6 @@ def narrow(network: Network, plan: Plan, statistics: Statistics | None) -> Narro
             statistics,
             layers={name: seen.cut(cuts[name].rows, cuts[name].columns) for name, seen in statistics.layers.items()},
         )
-    model = ChannelPass(masks)(network.model.clone()).model
+    model = ChannelPass(network, masks)(network.model.clone()).model
     model = ReweighPass(weights)(model).model
     return Narrowed(network.narrowed(model, cuts), statistics, losses)

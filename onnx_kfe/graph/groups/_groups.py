@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_kfe.errors import UsageError
+from onnx_kfe.graph._layers import Geometry
 from onnx_kfe.graph.groups._coordinates import STAYS, Ids
 from onnx_kfe.graph.groups._flow import Keep, Linear, Site
 
@@ -68,6 +69,18 @@ class LayerCut:
     rows: Mask
     columns: Mask
     groups: int
+
+    def geometry(self, whole: Geometry) -> Geometry:
+        """The shape of what is left of a layer of a shape."""
+        return replace(
+            whole, in_channels=int(self.columns.sum()), out_channels=int(self.rows.sum()), groups=self.groups
+        )  # fmt: skip
+
+    def within(self, earlier: LayerCut) -> LayerCut:
+        """Both cuts as one of the whole layer, this one of what the earlier left."""
+        rows, columns = earlier.rows.copy(), earlier.columns.copy()
+        rows[earlier.rows], columns[earlier.columns] = self.rows, self.columns
+        return LayerCut(rows, columns, self.groups)
 
 
 @dataclass(frozen=True, eq=False)
