@@ -18,7 +18,7 @@ from onnx_kfe.autodiff import (
     _trigonometric,
 )
 from onnx_kfe.autodiff._driver import Gradients, append_gradients
-from onnx_kfe.autodiff._emitter import Emitter
+from onnx_kfe.autodiff._emitter import Emitter, sizes_of
 
 __all__ = ["Emitter", "Gradients", "append_gradients"]
 

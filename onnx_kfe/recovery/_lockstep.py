@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnx_kfe.autodiff import Emitter
+from onnx_kfe.autodiff import Emitter, sizes_of
 from onnx_kfe.calibration import Batch, channel_major, differentiable_copy, emit_samples
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, serialize
@@ -168,7 +168,11 @@ class Lockstep:
         if cut is None or cut.rows.all():
             return value
         axis = 1 if layer.op_type == "Conv" else -1
-        return emit.op("Gather", value, emit.ints(*np.flatnonzero(cut.rows).tolist()), axis=axis)
+        sizes = sizes_of(value)
+        shape = None if sizes is None else list(sizes)
+        if shape is not None:
+            shape[axis] = int(cut.rows.sum())
+        return emit.op("Gather", value, emit.ints(*np.flatnonzero(cut.rows).tolist()), axis=axis, shape=shape)
 
     def _share(self, layer: Layer, outputs: int) -> float:
         """Share of the positions that is enough for a regression on all inputs and fits into memory."""
