@@ -15,7 +15,7 @@ from onnx_kfe.graph.groups._coordinates import STAYS, Ids
 from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, Linear
 from onnx_kfe.graph.groups._groups import ChannelGroup, ChannelGroups, Member
 from onnx_kfe.graph.groups._registry import RULES, Rule
-from onnx_kfe.graph.groups._sizes import follow_sizes
+from onnx_kfe.graph.groups._sizes import axes_of, follow_sizes
 
 __all__ = ["find_groups"]
 
@@ -51,7 +51,7 @@ def _visit(flow: Flow, node: ir.Node) -> None:
     """Pass coordinates through a node."""
     for value in _captured(node):
         _freeze(flow, node, flow.values.get(value, ()), "has a body that reads it")
-        _freeze(flow, node, flow.sizes.get(value, ()), "has a body that reads the size of it")
+        _freeze(flow, node, axes_of(flow.sizes.get(value, ())), "has a body that reads the size of it")
     read = [value for value in node.inputs if value is not None and value in flow.values]
     try:
         follow_sizes(flow, node)

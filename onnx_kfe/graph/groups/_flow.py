@@ -12,10 +12,25 @@ import onnx_ir as ir
 
 from onnx_kfe.graph.groups._coordinates import STAYS, Coordinates, Ids
 
-__all__ = ["Axes", "Constant", "Declined", "Flow", "Keep", "Linear", "Site", "constant_of", "operand"]
+__all__ = [
+    "Axes",
+    "Constant",
+    "Declined",
+    "Flow",
+    "Keep",
+    "Linear",
+    "Site",
+    "Size",
+    "constant_of",
+    "integers",
+    "operand",
+]
 
 Axes = Sequence[Ids | None]
 """For each axis of a value its coordinates ``[size]``, None where all indices stay."""
+
+Size = Ids | int | None
+"""What a graph computes with as a shape: the size of the axis that has these coordinates, a constant, or unknown."""
 
 Constant = npt.NDArray[Any]
 Keep = Callable[[Ids], npt.NDArray[np.bool_]]
@@ -84,7 +99,7 @@ class Flow:
         self.coordinates = Coordinates()
         self.sites: list[Site] = []
         self.linear: dict[str, Linear] = {}
-        self.sizes: dict[ir.Value, Sequence[Ids | None]] = {}  # elements of integers that are sizes of such an axis
+        self.sizes: dict[ir.Value, Sequence[Size]] = {}
         self.values: dict[ir.Value, Axes] = {}
         self._shapes = shapes
         self._unselected = unselected
@@ -173,7 +188,7 @@ class Flow:
         """Whether entries of computed integers are the sizes of axes, so that they change with these."""
         entries = self.sizes.get(value, ())
         pairs = [(ids, entries[place] if place < len(entries) else None) for place, ids in sizes.items()]
-        return all(ids is None or (size is not None and self._same(ids, size)) for ids, size in pairs)
+        return all(ids is None or (isinstance(size, np.ndarray) and self._same(ids, size)) for ids, size in pairs)
 
     def _same(self, first: Ids, second: Ids) -> bool:
         return np.array_equal(self.coordinates.roots(first), self.coordinates.roots(second))
@@ -206,6 +221,14 @@ class Flow:
 def constant_of(value: ir.Value | None) -> Constant | None:
     """What an initializer holds, as it is stored; None for anything else."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def integers(node: ir.Node, place: int, name: str) -> Constant | None:
+    """Integers that are an attribute in old versions of an operator and an input in new ones; None if not constant."""
+    given = node.attributes.get_ints(name)
+    if given is not None:
+        return np.array(given)
+    return constant_of(node.inputs[place]) if len(node.inputs) > place else None
 
 
 def operand(node: ir.Node, index: int) -> ir.Value:

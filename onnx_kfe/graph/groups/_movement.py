@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.graph.groups._coordinates import STAYS
-from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, operand
+from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, integers, operand
 from onnx_kfe.graph.groups._registry import rule
 
 __all__: list[str] = []
@@ -87,10 +87,7 @@ def tile(flow: Flow, node: ir.Node) -> Sequence[Axes]:
 
 def _given_axes(node: ir.Node) -> list[int]:
     """The axes that are named, by an attribute or by an input."""
-    axes = node.attributes.get_ints("axes")
-    if axes is None and len(node.inputs) > 1:
-        given = constant_of(node.inputs[1])
-        axes = None if given is None else given.reshape(-1).tolist()
+    axes = integers(node, 1, "axes")
     if axes is None:
         raise Declined("does not name its axes")
-    return list(axes)
+    return [int(axis) for axis in axes]
