@@ -91,17 +91,24 @@ class Flow:
     Args:
         opset: Version of the ONNX operators.
         shapes: Concrete shapes by the name of the value.
+        others: The same for an input whose free axes have other sizes.
         unselected: Reason by the name of layers that are to stay as they are.
     """
 
-    def __init__(self, opset: int, shapes: Mapping[str, tuple[int, ...]], unselected: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        opset: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        others: Mapping[str, tuple[int, ...]],
+        unselected: Mapping[str, str],
+    ) -> None:
         self.opset = opset
         self.coordinates = Coordinates()
         self.sites: list[Site] = []
         self.linear: dict[str, Linear] = {}
         self.sizes: dict[ir.Value, Sequence[Size]] = {}
         self.values: dict[ir.Value, Axes] = {}
-        self._shapes = shapes
+        self._shapes, self._others = shapes, others
         self._unselected = unselected
         self._weights: dict[ir.Value, tuple[ir.Node, Linear]] = {}
 
@@ -116,6 +123,13 @@ class Flow:
         if (value.name or "") not in self._shapes:
             raise Declined(f"meets '{value.name}', whose shape is unknown")
         return self._shapes[value.name or ""]
+
+    def fixed(self, value: ir.Value) -> set[int]:
+        """The axes of a value that have the same size for all inputs."""
+        name = value.name or ""
+        declared = {axis for axis, size in enumerate(value.shape or ()) if isinstance(size, int)}
+        sizes = zip(self._shapes.get(name, ()), self._others.get(name, ()), strict=False)
+        return declared | {axis for axis, (size, other) in enumerate(sizes) if size == other}
 
     def axes(self, value: ir.Value) -> Axes:
         """The coordinates of a value."""
@@ -184,14 +198,23 @@ class Flow:
 
         self.edit(node, place, np.concatenate([ids for ids in of or counted.values() if ids is not None]), edit)
 
-    def follows(self, value: ir.Value, sizes: Mapping[int, Ids | None]) -> bool:
-        """Whether entries of computed integers are the sizes of axes, so that they change with these."""
-        entries = self.sizes.get(value, ())
-        pairs = [(ids, entries[place] if place < len(entries) else None) for place, ids in sizes.items()]
-        return all(ids is None or (isinstance(size, np.ndarray) and self._same(ids, size)) for ids, size in pairs)
+    def follow(self, node: ir.Node, place: int, axes: Mapping[int, Ids | None]) -> None:
+        """Tie axes to those whose sizes a node is given for them, so that both change alike.
 
-    def _same(self, first: Ids, second: Ids) -> bool:
-        return np.array_equal(self.coordinates.roots(first), self.coordinates.roots(second))
+        Args:
+            node: The node.
+            place: The input that gives computed sizes.
+            axes: The axes by the index of the entry.
+
+        Raises:
+            Declined: An entry is no such size.
+        """
+        entries = self.sizes.get(operand(node, place), ())
+        for entry, ids in axes.items():
+            size = entries[entry] if entry < len(entries) else None
+            if ids is not None and not (isinstance(size, np.ndarray) and len(size) == len(ids)):
+                raise Declined("is given a computed size of it")
+            self.unite(node, ids, size if isinstance(size, np.ndarray) else ids)
 
     def add_linear(self, node: ir.Node, linear: Linear) -> None:
         """Note a linear node; nodes that share a weight are tied, and those that are not selected stay."""

@@ -63,17 +63,26 @@ def concat(flow: Flow, node: ir.Node) -> Sequence[Axes]:
 @rule("Expand")
 def expand(flow: Flow, node: ir.Node) -> Sequence[Axes]:
     """Axes of one index are repeated; the shape of the others is counted anew."""
-    axes = flow.axes(operand(node, 0))
-    target = constant_of(node.inputs[1])
+    x, target = operand(node, 0), constant_of(node.inputs[1])
+    axes = flow.axes(x) if constant_of(x) is None else _begin(flow, node)
     (entries,) = flow.shape(operand(node, 1))
-    sizes = {axis - len(axes) + entries: ids for axis, ids in enumerate(axes) if axis >= len(axes) - entries}
-    if target is not None:
-        if any(ids is not None and target[entry] not in (1, len(ids)) for entry, ids in sizes.items()):
-            raise Declined("repeats it")
-        flow.count(node, 1, {entry: ids for entry, ids in sizes.items() if target[entry] != 1})
-    elif not flow.follows(operand(node, 1), sizes):
-        raise Declined("is given a computed size of it")
+    sizes = flow.sizes.get(operand(node, 1), [None] * entries) if target is None else target.tolist()
+    whole = {entry: ids for entry, ids in zip(range(entries)[::-1], axes[::-1], strict=False) if sizes[entry] != 1}
+    if target is None:
+        flow.follow(node, 1, whole)
+    elif any(ids is not None and len(ids) != sizes[entry] for entry, ids in whole.items()):
+        raise Declined("repeats it")
+    else:
+        flow.count(node, 1, whole)
     return [[*(None for _ in range(entries - len(axes))), *axes]]
+
+
+def _begin(flow: Flow, node: ir.Node) -> Axes:
+    """New coordinates for the axes of a constant, which is trimmed as what it meets asks for."""
+    axes = [flow.coordinates.fresh(size) if size > 1 else None for size in flow.shape(operand(node, 0))]
+    for axis, ids in enumerate(axes):
+        flow.trim(node, 0, axis, ids)
+    return axes
 
 
 @rule("Tile")

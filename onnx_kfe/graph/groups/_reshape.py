@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence, Set
 import numpy as np
 import onnx_ir as ir
 
-from onnx_kfe.graph.groups._coordinates import Ids
+from onnx_kfe.graph.groups._coordinates import STAYS, Ids
 from onnx_kfe.graph.groups._flow import Axes, Constant, Declined, Flow, Keep, constant_of, operand
 from onnx_kfe.graph.groups._registry import rule
 from onnx_kfe.graph.groups._sizes import axes_of
@@ -23,7 +23,7 @@ __all__: list[str] = []
 @rule("Flatten")
 def flatten(flow: Flow, node: ir.Node) -> Sequence[Axes]:
     """A Reshape without a target."""
-    return [_regrouped(flow, node, _fixed(node.outputs[0]))]
+    return [_regrouped(flow, node, flow.fixed(node.outputs[0]))]
 
 
 @rule("Reshape")
@@ -31,7 +31,7 @@ def reshape(flow: Flow, node: ir.Node) -> Sequence[Axes]:
     """The target is counted anew; one that is computed becomes a constant."""
     target, output = constant_of(node.inputs[1]), node.outputs[0]
     entries = flow.sizes.get(operand(node, 1), ()) if target is None else target.tolist()
-    fixed = _fixed(output) | {axis for axis, size in enumerate(entries) if isinstance(size, int) and size > 0}
+    fixed = flow.fixed(output) | {axis for axis, size in enumerate(entries) if isinstance(size, int) and size > 0}
     axes = _regrouped(flow, node, fixed)
     if target is not None:
         flow.count(node, 1, {entry: ids for entry, ids in enumerate(axes) if target[entry] > 0})
@@ -102,7 +102,7 @@ def _distinct(rows: Ids) -> list[Ids]:
 
 
 def _count_units(ties: Sequence[Ids]) -> int:
-    """How many units are left when the coordinates of each tie are united."""
+    """How many units that may go are left when the coordinates of each tie are united."""
     parents: dict[int, int] = {}
 
     def root(each: int) -> int:
@@ -111,7 +111,7 @@ def _count_units(ties: Sequence[Ids]) -> int:
         return each
 
     for tie in ties:
-        for each in tie.tolist():
+        for each in tie.tolist() if STAYS not in tie else ():
             parents[root(each)] = root(int(tie[0]))
     return sum(each == parent for each, parent in parents.items())
 
@@ -138,8 +138,3 @@ def _free(flow: Flow, node: ir.Node, axes: Axes, fixed: Set[int]) -> dict[int, i
     if len(others) > 1 or node.attributes.get_int("allowzero", False):
         raise Declined("is given a computed shape that no constant can replace")
     return {axis: 0 if axis in kept else -1 for axis in moving}
-
-
-def _fixed(value: ir.Value) -> set[int]:
-    """The axes whose sizes are known whatever the input."""
-    return {axis for axis, size in enumerate(value.shape or ()) if isinstance(size, int)}
