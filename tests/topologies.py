@@ -1,6 +1,7 @@
 """Hand-made graphs in which channels come together in the ways that networks have, beside those of the model zoo.
 
-Inputs are called ``x``, with a free batch. The channels of each can be removed but for those of the outputs.
+Inputs are called ``x``, with a free batch and sometimes a free sequence. All channels but those of the outputs can be
+removed, and most of a layer's go one by one.
 """
 
 from __future__ import annotations
@@ -123,6 +124,17 @@ def pixel_shuffle() -> onnx.ModelProto:
 
 
 @topology
+def channel_shuffle() -> onnx.ModelProto:
+    """Groups exchange channels, half of which pass by a branch."""
+    b = Builder()
+    x = b.op("Reshape", b.relu_conv("x", 3, 8), b.const([0, 2, 4, 8, 8]))
+    x = b.op("Reshape", b.op("Transpose", x, perm=[0, 2, 1, 3, 4]), b.const([0, 8, 8, 8]))
+    b.op("Split", x, b.const([4, 4]), outputs=2, axis=1)
+    branch = b.relu_conv(b.relu_conv(f"{b.nodes[-1].name}.0", 4, 6), 6, 4)
+    return b.model(IMAGE, b.conv(b.op("Concat", branch, f"{b.nodes[5].name}.1", axis=1), 8, 4))
+
+
+@topology
 def flattened() -> onnx.ModelProto:
     """A feature is read at all positions of a channel: channels in front, and last as after a Transpose."""
     b = Builder()
@@ -209,15 +221,15 @@ def equal_split() -> onnx.ModelProto:
 
 @topology
 def computed_target() -> onnx.ModelProto:
-    """Attention whose shapes are computed: heads lose the same features, the batch stays free."""
+    """Attention whose shapes are computed: heads lose the same features, batch and sequence stay free."""
     b = Builder()
-    batch = b.op("Gather", b.op("Shape", "x"), b.const([0]), axis=0)
-    split_up = b.op("Concat", batch, b.const([6, 3, 5]), axis=0)
+    free = b.op("Gather", b.op("Shape", "x"), b.const([0, 1]), axis=0)
+    split_up = b.op("Concat", free, b.const([3, 5]), axis=0)
     q, k, v = (b.op("Transpose", b.op("Reshape", b.matmul("x", 12, 15), split_up), perm=[0, 2, 1, 3]) for _ in range(3))
     scores = b.op("Softmax", b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
     mixed = b.op("Transpose", b.op("MatMul", scores, v), perm=[0, 2, 1, 3])
-    merged = b.op("Reshape", mixed, b.op("Concat", batch, b.const([6, 15]), axis=0))
-    return b.model(TOKENS, b.matmul(merged, 15, 12))
+    merged = b.op("Reshape", mixed, b.op("Concat", free, b.const([15]), axis=0))
+    return b.model(["n", "t", 12], b.matmul(merged, 15, 12))
 
 
 @topology

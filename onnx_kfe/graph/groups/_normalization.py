@@ -81,7 +81,7 @@ def _axes_over(flow: Flow, node: ir.Node, rank: int) -> Sequence[int]:
         return [1]
     if node.op_type == "CumSum":
         given = constant_of(node.inputs[1])
-        return range(rank) if given is None else [int(given)]
+        return range(rank) if given is None else [int(given.item())]
     flattened = node.op_type in ("Softmax", "LogSoftmax", "Hardmax") and flow.opset < 13
     axis = node.attributes.get_int("axis", 1 if flattened else -1) % rank
     return range(axis, rank) if flattened or "Layer" in node.op_type or "RMS" in node.op_type else [axis]
