@@ -12,9 +12,10 @@ from onnx_kfe.graph._layers import Layer
 from onnx_kfe.graph._network import Network
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 from onnx_kfe.graph.groups._coordinates import STAYS, Ids
-from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, Linear
+from onnx_kfe.graph.groups._flow import Axes, Declined, Flow
 from onnx_kfe.graph.groups._groups import ChannelGroup, ChannelGroups, Member
 from onnx_kfe.graph.groups._registry import RULES, Rule
+from onnx_kfe.graph.groups._sites import Linear
 from onnx_kfe.graph.groups._sizes import axes_of, follow_sizes
 
 __all__ = ["find_groups"]

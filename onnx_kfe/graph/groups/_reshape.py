@@ -13,8 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.graph.groups._coordinates import STAYS, Ids
-from onnx_kfe.graph.groups._flow import Axes, Constant, Declined, Flow, Keep, constant_of, operand
+from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, operand
 from onnx_kfe.graph.groups._registry import rule
+from onnx_kfe.graph.groups._sites import Constant, Keep
 from onnx_kfe.graph.groups._sizes import axes_of
 
 __all__: list[str] = []

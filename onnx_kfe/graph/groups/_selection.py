@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.graph.groups._coordinates import Ids
-from onnx_kfe.graph.groups._flow import Axes, Constant, Declined, Flow, Keep, constant_of, integers, operand
+from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, integers, operand
 from onnx_kfe.graph.groups._registry import rule
+from onnx_kfe.graph.groups._sites import Constant, Keep
 
 __all__: list[str] = []
 
