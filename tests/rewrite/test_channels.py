@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -109,7 +110,8 @@ def zeroed(network: Network, cuts: Mapping[str, LayerCut]) -> onnx.ModelProto:
 def feeds_of(model: onnx.ModelProto, batch: int) -> dict[str, np.ndarray]:
     """Noise around a level of each sample."""
     (value,) = model.graph.input
-    shape = [batch, *(dim.dim_value or 7 for dim in value.type.tensor_type.shape.dim[1:])]
+    first, *others = (dim.dim_value for dim in value.type.tensor_type.shape.dim)
+    shape = [first or batch, *(size or 7 for size in others)]
     dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
     return {value.name: weights(*shape, seed=batch, dtype=dtype)}
 
@@ -176,6 +178,26 @@ def assert_interface(original: ir.Model, smaller: ir.Model) -> None:
     for node in smaller.graph:
         for value in node.outputs:
             assert value.shape is not None or value.name not in known, value.name
+
+
+REAL: Mapping[str, tuple[int, int]] = {  # groups that can be pruned, and others
+    "cifar10_resnet20": (12, 1),
+    "cifar10_cct_vit": (12, 3),
+    "fastestdet_coco": (34, 6),
+    "ultraface_rfb320": (25, 4),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models(name, assets: Path):
+    network = open_network(assets / "models" / f"{name}.onnx")
+    groups = find_groups(network)
+    prunable = sum(group.prunable for group in groups.groups)
+    assert (prunable, len(groups.groups) - prunable) == REAL[name]
+    masks = random_masks(groups, 0)
+    smaller = pruned(network, masks)
+    assert_same(network, smaller, groups.cut(masks))
+    assert_as_cut(smaller, groups.cut(masks))
 
 
 def test_nothing_changes_where_nothing_goes():
