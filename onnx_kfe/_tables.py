@@ -16,13 +16,15 @@ from onnx_kfe._frontier import Point
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.console import print_line, print_renderable
 from onnx_kfe.evaluation import HeadQuality, Quality, Rate, Timing
-from onnx_kfe.graph import Geometry, Layer, Network
+from onnx_kfe.graph import ChannelGroup, Geometry, Layer, Network
 from onnx_kfe.planning import Plan, meets, network_cost
 from onnx_kfe.result import Result
 
 __all__ = [
+    "group_rows",
     "layer_rows",
     "show_frontier",
+    "show_groups",
     "show_layers",
     "show_plan",
     "show_quality",
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 _FAR = 5.0  # measured over predicted loss, or the inverse, that is worth a word
-_NAMED = 3  # layers named for each reason, where more are only counted
+_NAMED = 3  # layers named in a row, where more are only counted
 
 
 def show_layers(network: Network) -> None:
@@ -69,6 +71,34 @@ def layer_rows(network: Network) -> list[dict[str, Any]]:
             "reason": layer.reason,
         }
         for layer in network.layers
+    ]
+
+
+def show_groups(groups: Sequence[ChannelGroup]) -> None:
+    """The table of `inspect --groups`."""
+    table = _table("group", ">channels", "computed by", "read by")
+    for group in groups:
+        if group.prunable:
+            table.add_row(group.name, str(group.size), *(_named(_layers(group, side)) for side in ("rows", "columns")))
+    print_renderable(table)
+    _print_skipped({group.name: group.reason for group in groups if group.reason is not None}, "cannot be pruned")
+    prunable = [group.size for group in groups if group.prunable]
+    total = sum(group.size for group in groups)
+    print_line(f"{len(prunable)} of {len(groups)} groups can be pruned: {sum(prunable)} of {total} channels")
+
+
+def group_rows(groups: Sequence[ChannelGroup]) -> list[dict[str, Any]]:
+    """What `inspect --groups` knows of the channel groups, as plain values."""
+    return [
+        {
+            "name": group.name,
+            "channels": group.size,
+            "computed_by": _layers(group, "rows"),
+            "read_by": _layers(group, "columns"),
+            "prunable": group.prunable,
+            "reason": group.reason,
+        }
+        for group in groups
     ]
 
 
@@ -255,8 +285,15 @@ def _print_skipped(reasons: Mapping[str, str], title: str) -> None:
     for name, reason in reasons.items():
         layers[reason].append(name)
     for reason, names in sorted(layers.items(), key=lambda item: -len(item[1])):
-        named = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-        print_line(f"{title}: {len(names)} x {reason} ({named})")
+        print_line(f"{title}: {len(names)} x {reason} ({_named(names)})")
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+
+
+def _layers(group: ChannelGroup, side: str) -> list[str]:
+    return [member.layer for member in group.members if member.side == side]
 
 
 def _table(first: str, *others: str) -> Table:

@@ -14,7 +14,7 @@ from onnx_kfe import _tables, console
 from onnx_kfe._frontier import check_plot, save_frontier
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
-from onnx_kfe.graph import check_output
+from onnx_kfe.graph import check_output, find_groups
 from onnx_kfe.pipeline import DEFAULT_SAMPLES
 from onnx_kfe.planning import Macs, Plan
 from onnx_kfe.result import Result
@@ -75,10 +75,22 @@ def program(
 
 
 @command
-def inspect(*, model: options.Model, selection: options.Selection, json: options.Json = False) -> None:
+def inspect(
+    *,
+    model: options.Model,
+    selection: options.Selection,
+    groups: Annotated[bool, typer.Option("--groups", help="List the channels that can only go together.")] = False,
+    json: options.Json = False,
+) -> None:
     """List the layers: geometry, MACs, parameters, and why those that cannot be pruned cannot."""
     network = selection.open(model)
-    if json:
+    if groups:
+        found = find_groups(network).groups
+        if json:
+            console.print_json(_tables.group_rows(found))
+        else:
+            _tables.show_groups(found)
+    elif json:
         console.print_json(_tables.layer_rows(network))
     else:
         _tables.show_layers(network)

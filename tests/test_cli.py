@@ -63,6 +63,20 @@ def test_module_runs_as_the_program() -> None:
     assert shown == f"onnx-kfe {onnx_kfe.__version__}\n"
 
 
+def test_inspect_groups(cli: Cli, folder: Path) -> None:
+    shown = done(cli("inspect", "net.onnx", "--groups"))
+    assert "conv0" in shown
+    assert "cannot be pruned: 1 x graph output 'logits' (fc)" in shown
+    assert "3 of 4 groups can be pruned: 40 of 45 channels" in shown
+    rows = from_json(cli("inspect", "net.onnx", "--groups", "--exclude", "conv0", "--json"))
+    assert [(row["name"], row["channels"], row["computed_by"], row["read_by"], row["reason"]) for row in rows] == [
+        ("conv0", 8, ["conv0"], ["conv1"], "excluded by --exclude"),
+        ("conv1", 16, ["conv1"], ["conv2"], None),
+        ("conv2", 16, ["conv2"], ["fc"], None),
+        ("fc", 5, ["fc"], [], "graph output 'logits'"),
+    ]
+
+
 def test_inspect(cli: Cli, folder: Path) -> None:
     shown = done(cli("inspect", "net.onnx"))
     assert "conv1  " in shown

@@ -20,7 +20,7 @@ from onnx_kfe.autodiff import (
 from onnx_kfe.autodiff._driver import Gradients, append_gradients
 from onnx_kfe.autodiff._emitter import Emitter, sizes_of
 
-__all__ = ["Emitter", "Gradients", "append_gradients"]
+__all__ = ["Emitter", "Gradients", "append_gradients", "sizes_of"]
 
 # Imported for the rules they register.
 del _arithmetic, _convolution, _elementwise, _indexing, _linear, _movement

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from onnx_kfe.errors import UsageError
+from onnx_kfe.runtime import create_session
 
 __all__ = ["concrete_shapes", "nominal_input_shapes"]
 
@@ -79,16 +81,25 @@ def concrete_shapes(model: ir.Model, input_shapes: Mapping[str, Sequence[int]]) 
     with contextlib.suppress(Exception):
         proto = onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
     shapes = _known_shapes(proto)
-    if any(output.name not in shapes for node in model.graph for output in node.outputs):
-        # Shape arithmetic that inference cannot follow folds away once the input shapes are constants.
-        with contextlib.suppress(Exception):
-            import onnxsim
-
-            fixed = {name: list(shape) for name, shape in input_shapes.items()}
-            folded, _ = onnxsim.simplify(ir.to_proto(model), overwrite_input_shapes=fixed, perform_optimization=False)
-            folded = onnx.shape_inference.infer_shapes(folded, data_prop=True)
-            shapes = {**_known_shapes(folded), **shapes}
+    unknown = [value for node in model.graph for value in node.outputs if value.name and value.name not in shapes]
+    if unknown:
+        with contextlib.suppress(Exception):  # inputs of typical shapes may be no inputs of this model
+            shapes |= _run_shapes(model, input_shapes, [value.name or "" for value in unknown])
     return shapes
+
+
+def _run_shapes(
+    model: ir.Model, input_shapes: Mapping[str, Sequence[int]], names: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that values have when the model is run, whatever arithmetic of the graph decides them."""
+    proto = ir.to_proto(model)
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = create_session(proto.SerializeToString(), threads=1, optimize=False)
+    types = {value.name: value.dtype or ir.DataType.FLOAT for value in model.graph.inputs}
+    feeds = {name: np.zeros(shape, types[name].numpy()) for name, shape in input_shapes.items()}
+    found = zip(names, session.run(list(names), feeds), strict=True)
+    return {name: array.shape for name, array in found if isinstance(array, np.ndarray) and array.size}
 
 
 def _known_shapes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

@@ -57,10 +57,7 @@ class ChannelPass(InPlacePass):
         sites = [site for site in groups.sites if not np.all(keep(site.ids))]
         _write(_edited(sites, keep), Editor(model.graph))
         RemoveUnusedNodesPass()(model)
-        for node in model.graph:
-            for value in node.outputs:
-                value.shape = value.shape if value.is_graph_output() else None
-        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+        _infer_shapes(model)
         return PassResult(model, modified=bool(sites))
 
     def ensures(self, model: ir.Model) -> None:
@@ -72,6 +69,17 @@ class ChannelPass(InPlacePass):
             found = geometry.out_channels, geometry.in_channels, geometry.groups
             if found != (cut.rows.sum(), cut.columns.sum(), cut.groups):
                 raise PostconditionError(f"layer {layer.name} has {found} channels and groups")
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    """Infer the shapes of values anew, but leave outputs as they are declared."""
+    declared = {value: value.shape.copy() for value in model.graph.outputs if value.shape is not None}
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = declared.get(value)
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    for value, shape in declared.items():
+        value.shape = shape
 
 
 def _edited(sites: Sequence[Site], keep: Keep) -> dict[_Place, Constant]:

@@ -162,6 +162,25 @@ def test_shapes_that_arithmetic_in_the_graph_decides_are_found():
     assert only_layer(model).geometry == Geometry(4, 5, repeats=2)
 
 
+def test_shapes_that_only_a_run_tells_are_found():
+    """A size taken as other integers and out of a slice, next to what is copied from the input."""
+    nodes = [
+        node("Shape", ["x"], ["s"]),
+        node("Cast", ["s"], ["narrow"], to=onnx.TensorProto.INT32),
+        node("Slice", ["narrow", "one", "two", "zero"], ["part"]),
+        node("Cast", ["part"], ["size"], to=onnx.TensorProto.INT64),
+        node("Concat", ["zero", "size", "two", "four"], ["target"], axis=0),
+        node("Reshape", ["x", "target"], ["r"]),
+        node("MatMul", ["r", "w"], ["y"], "layer"),
+    ]
+    integers = {"zero": [0], "one": [1], "two": [2], "four": [4]}
+    model = tiny(
+        nodes, {"x": ["n", "t", 8]}, {"y": ["n", "t", 2, 5]},
+        {"w": weights(4, 5)} | {name: np.array(value) for name, value in integers.items()},
+    )  # fmt: skip
+    assert concrete_shapes(load(model), {"x": (3, 7, 8)})["r"] == (3, 7, 2, 4)
+
+
 def _reason_of(nodes: list[onnx.NodeProto], arrays: dict[str, np.ndarray], **options: object) -> list[str | None]:
     model = tiny(nodes, {"x": ["n", 4]}, {"y": ["n", "m"]}, arrays, **options)  # type: ignore[arg-type]
     return [layer.reason for layer in find_layers(load(model))]

@@ -10,8 +10,8 @@ from onnx_kfe.graph.groups import (
     _selection,
 )
 from onnx_kfe.graph.groups._find import find_groups
-from onnx_kfe.graph.groups._flow import Constant, Keep, Site
 from onnx_kfe.graph.groups._groups import ChannelGroup, ChannelGroups, LayerCut, Member
+from onnx_kfe.graph.groups._sites import Constant, Keep, Site
 
 __all__ = ["ChannelGroup", "ChannelGroups", "Constant", "Keep", "LayerCut", "Member", "Site", "find_groups"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,14 +12,15 @@ from onnx_kfe.graph._layers import Layer
 from onnx_kfe.graph._network import Network
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 from onnx_kfe.graph.groups._coordinates import STAYS, Ids
-from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, Linear
+from onnx_kfe.graph.groups._flow import Axes, Declined, Flow
 from onnx_kfe.graph.groups._groups import ChannelGroup, ChannelGroups, Member
 from onnx_kfe.graph.groups._registry import RULES, Rule
-from onnx_kfe.graph.groups._sizes import follow_sizes
+from onnx_kfe.graph.groups._sites import Linear
+from onnx_kfe.graph.groups._sizes import axes_of, follow_sizes
 
 __all__ = ["find_groups"]
 
-_LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_BEGINNING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Expand")  # where coordinates can begin
 _ONNX = ("", "ai.onnx")
 _NOT_ALL = "a single channel"
 
@@ -37,8 +38,11 @@ def find_groups(network: Network) -> ChannelGroups:
         Its groups, by which a `ChannelPass` removes channels.
     """
     model = network.model
-    shapes = concrete_shapes(model, nominal_input_shapes(model, network.input_shapes))
-    flow = Flow(model.opset_imports.get("", 1), shapes, network.unselected)
+    nominal = nominal_input_shapes(model, network.input_shapes)
+    shapes = concrete_shapes(model, nominal)
+    larger = _enlarged(model, nominal)
+    others = shapes if larger == nominal else concrete_shapes(model, larger)
+    flow = Flow(model.opset_imports.get("", 1), shapes, others, network.unselected)
     for node in model.graph:
         _visit(flow, node)
     for value in model.graph.outputs:
@@ -47,15 +51,26 @@ def find_groups(network: Network) -> ChannelGroups:
     return _grouped(flow, network.layers)
 
 
+def _enlarged(model: ir.Model, nominal: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs with free axes twice as large: what has the same size then is taken to have it always."""
+    larger = dict(nominal)
+    for value in model.graph.inputs:
+        name = value.name or ""
+        if name in nominal and value.shape is not None:
+            pairs = zip(value.shape, nominal[name], strict=True)
+            larger[name] = tuple(size if isinstance(dim, int) else 2 * size for dim, size in pairs)
+    return larger
+
+
 def _visit(flow: Flow, node: ir.Node) -> None:
     """Pass coordinates through a node."""
     for value in _captured(node):
         _freeze(flow, node, flow.values.get(value, ()), "has a body that reads it")
-        _freeze(flow, node, flow.sizes.get(value, ()), "has a body that reads the size of it")
+        _freeze(flow, node, axes_of(flow.sizes.get(value, ())), "has a body that reads the size of it")
     read = [value for value in node.inputs if value is not None and value in flow.values]
     try:
         follow_sizes(flow, node)
-        if read or node.op_type in _LINEAR:
+        if read or node.op_type in _BEGINNING:
             for value, axes in zip(node.outputs, _rule(node)(flow, node), strict=False):
                 flow.assign(value, axes)
     except Declined as declined:

@@ -3,71 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_kfe.graph.groups._coordinates import STAYS, Coordinates, Ids
+from onnx_kfe.graph.groups._sites import Constant, Keep, Linear, Site
 
-__all__ = ["Axes", "Constant", "Declined", "Flow", "Keep", "Linear", "Site", "constant_of", "operand"]
+__all__ = ["Axes", "Declined", "Flow", "Size", "constant_of", "integers", "operand"]
 
 Axes = Sequence[Ids | None]
 """For each axis of a value its coordinates ``[size]``, None where all indices stay."""
 
-Constant = npt.NDArray[Any]
-Keep = Callable[[Ids], npt.NDArray[np.bool_]]
-"""Which coordinates are kept, `STAYS` among them."""
+Size = Ids | int | None
+"""What a graph computes with as a shape: the size of the axis that has these coordinates, a constant, or unknown."""
 
 
 class Declined(Exception):
     """A rule cannot tell what removing coordinates does to this node; the message continues the name of the node."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """Something of a node that changes when coordinates go.
-
-    Attributes:
-        node: The node.
-        place: The index of a constant input, or the name of an attribute of integers.
-        ids: The coordinates that it depends on.
-        edit: `(what is there now, which are kept) -> what is to be there`; None for nothing.
-    """
-
-    node: ir.Node
-    place: int | str
-    ids: Ids
-    edit: Callable[[Constant | None, Keep], Constant | None]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Coordinates at a linear node.
-
-    Attributes:
-        rows: Those of the output channels ``[out]``.
-        columns: Those of the input channels ``[in]``.
-        groups: Groups of a convolution; 1 otherwise.
-        weighted: Whether the weight is a constant.
-    """
-
-    rows: Ids
-    columns: Ids
-    groups: int = 1
-    weighted: bool = True
-
-    @property
-    def sides(self) -> tuple[tuple[Literal["rows", "columns"], Ids], ...]:
-        """The coordinates of both sides."""
-        return ("rows", self.rows), ("columns", self.columns)
-
-    @property
-    def depthwise(self) -> bool:
-        """Whether each group reads a single channel."""
-        return self.groups > 1 and self.groups == len(self.columns)
 
 
 class Flow:
@@ -76,17 +29,24 @@ class Flow:
     Args:
         opset: Version of the ONNX operators.
         shapes: Concrete shapes by the name of the value.
+        others: The same for an input whose free axes have other sizes.
         unselected: Reason by the name of layers that are to stay as they are.
     """
 
-    def __init__(self, opset: int, shapes: Mapping[str, tuple[int, ...]], unselected: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        opset: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        others: Mapping[str, tuple[int, ...]],
+        unselected: Mapping[str, str],
+    ) -> None:
         self.opset = opset
         self.coordinates = Coordinates()
         self.sites: list[Site] = []
         self.linear: dict[str, Linear] = {}
-        self.sizes: dict[ir.Value, Sequence[Ids | None]] = {}  # elements of integers that are sizes of such an axis
+        self.sizes: dict[ir.Value, Sequence[Size]] = {}
         self.values: dict[ir.Value, Axes] = {}
-        self._shapes = shapes
+        self._shapes, self._others = shapes, others
         self._unselected = unselected
         self._weights: dict[ir.Value, tuple[ir.Node, Linear]] = {}
 
@@ -101,6 +61,13 @@ class Flow:
         if (value.name or "") not in self._shapes:
             raise Declined(f"meets '{value.name}', whose shape is unknown")
         return self._shapes[value.name or ""]
+
+    def fixed(self, value: ir.Value) -> set[int]:
+        """The axes of a value that have the same size for all inputs."""
+        name = value.name or ""
+        declared = {axis for axis, size in enumerate(value.shape or ()) if isinstance(size, int)}
+        sizes = zip(self._shapes.get(name, ()), self._others.get(name, ()), strict=False)
+        return declared | {axis for axis, (size, other) in enumerate(sizes) if size == other}
 
     def axes(self, value: ir.Value) -> Axes:
         """The coordinates of a value."""
@@ -169,14 +136,23 @@ class Flow:
 
         self.edit(node, place, np.concatenate([ids for ids in of or counted.values() if ids is not None]), edit)
 
-    def follows(self, value: ir.Value, sizes: Mapping[int, Ids | None]) -> bool:
-        """Whether entries of computed integers are the sizes of axes, so that they change with these."""
-        entries = self.sizes.get(value, ())
-        pairs = [(ids, entries[place] if place < len(entries) else None) for place, ids in sizes.items()]
-        return all(ids is None or (size is not None and self._same(ids, size)) for ids, size in pairs)
+    def follow(self, node: ir.Node, place: int, axes: Mapping[int, Ids | None]) -> None:
+        """Tie axes to those whose sizes a node is given for them, so that both change alike.
 
-    def _same(self, first: Ids, second: Ids) -> bool:
-        return np.array_equal(self.coordinates.roots(first), self.coordinates.roots(second))
+        Args:
+            node: The node.
+            place: The input that gives computed sizes.
+            axes: The axes by the index of the entry.
+
+        Raises:
+            Declined: An entry is no such size.
+        """
+        entries = self.sizes.get(operand(node, place), ())
+        for entry, ids in axes.items():
+            size = entries[entry] if entry < len(entries) else None
+            if ids is not None and not (isinstance(size, np.ndarray) and len(size) == len(ids)):
+                raise Declined("is given a computed size of it")
+            self.unite(node, ids, size if isinstance(size, np.ndarray) else ids)
 
     def add_linear(self, node: ir.Node, linear: Linear) -> None:
         """Note a linear node; nodes that share a weight are tied, and those that are not selected stay."""
@@ -206,6 +182,14 @@ class Flow:
 def constant_of(value: ir.Value | None) -> Constant | None:
     """What an initializer holds, as it is stored; None for anything else."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def integers(node: ir.Node, place: int, name: str) -> Constant | None:
+    """Integers that are an attribute in old versions of an operator and an input in new ones; None if not constant."""
+    given = node.attributes.get_ints(name)
+    if given is not None:
+        return np.array(given)
+    return constant_of(node.inputs[place]) if len(node.inputs) > place else None
 
 
 def operand(node: ir.Node, index: int) -> ir.Value:

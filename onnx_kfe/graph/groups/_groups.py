@@ -12,7 +12,7 @@ import numpy.typing as npt
 from onnx_kfe.errors import UsageError
 from onnx_kfe.graph._layers import Geometry
 from onnx_kfe.graph.groups._coordinates import STAYS, Ids
-from onnx_kfe.graph.groups._flow import Keep, Linear, Site
+from onnx_kfe.graph.groups._sites import Keep, Linear, Site
 
 __all__ = ["ChannelGroup", "ChannelGroups", "LayerCut", "Mask", "Member"]
 

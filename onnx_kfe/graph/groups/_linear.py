@@ -9,8 +9,9 @@ import onnx_ir as ir
 
 from onnx_kfe.graph.groups._coordinates import STAYS, Ids
 from onnx_kfe.graph.groups._elementwise import broadcast
-from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, Linear, constant_of, operand
+from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, operand
 from onnx_kfe.graph.groups._registry import rule
+from onnx_kfe.graph.groups._sites import Linear
 
 __all__: list[str] = []
 

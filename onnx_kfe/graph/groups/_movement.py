@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.graph.groups._coordinates import STAYS
-from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, operand
+from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, integers, operand
 from onnx_kfe.graph.groups._registry import rule
 
 __all__: list[str] = []
@@ -63,17 +63,26 @@ def concat(flow: Flow, node: ir.Node) -> Sequence[Axes]:
 @rule("Expand")
 def expand(flow: Flow, node: ir.Node) -> Sequence[Axes]:
     """Axes of one index are repeated; the shape of the others is counted anew."""
-    axes = flow.axes(operand(node, 0))
-    target = constant_of(node.inputs[1])
+    x, target = operand(node, 0), constant_of(node.inputs[1])
+    axes = flow.axes(x) if constant_of(x) is None else _begin(flow, node)
     (entries,) = flow.shape(operand(node, 1))
-    sizes = {axis - len(axes) + entries: ids for axis, ids in enumerate(axes) if axis >= len(axes) - entries}
-    if target is not None:
-        if any(ids is not None and target[entry] not in (1, len(ids)) for entry, ids in sizes.items()):
-            raise Declined("repeats it")
-        flow.count(node, 1, {entry: ids for entry, ids in sizes.items() if target[entry] != 1})
-    elif not flow.follows(operand(node, 1), sizes):
-        raise Declined("is given a computed size of it")
+    sizes = flow.sizes.get(operand(node, 1), [None] * entries) if target is None else target.tolist()
+    whole = {entry: ids for entry, ids in zip(range(entries)[::-1], axes[::-1], strict=False) if sizes[entry] != 1}
+    if target is None:
+        flow.follow(node, 1, whole)
+    elif any(ids is not None and len(ids) != sizes[entry] for entry, ids in whole.items()):
+        raise Declined("repeats it")
+    else:
+        flow.count(node, 1, whole)
     return [[*(None for _ in range(entries - len(axes))), *axes]]
+
+
+def _begin(flow: Flow, node: ir.Node) -> Axes:
+    """New coordinates for the axes of a constant, which is trimmed as what it meets asks for."""
+    axes = [flow.coordinates.fresh(size) if size > 1 else None for size in flow.shape(operand(node, 0))]
+    for axis, ids in enumerate(axes):
+        flow.trim(node, 0, axis, ids)
+    return axes
 
 
 @rule("Tile")
@@ -87,10 +96,7 @@ def tile(flow: Flow, node: ir.Node) -> Sequence[Axes]:
 
 def _given_axes(node: ir.Node) -> list[int]:
     """The axes that are named, by an attribute or by an input."""
-    axes = node.attributes.get_ints("axes")
-    if axes is None and len(node.inputs) > 1:
-        given = constant_of(node.inputs[1])
-        axes = None if given is None else given.reshape(-1).tolist()
+    axes = integers(node, 1, "axes")
     if axes is None:
         raise Declined("does not name its axes")
-    return list(axes)
+    return [int(axis) for axis in axes]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, operand
+from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, integers, operand
 from onnx_kfe.graph.groups._registry import rule
 
 __all__: list[str] = []
@@ -50,17 +50,13 @@ def over_positions(flow: Flow, node: ir.Node) -> Sequence[Axes]:
 def reduction(flow: Flow, node: ir.Node) -> Sequence[Axes]:
     """What it is over stays, and is one index or none in the output."""
     axes = flow.axes(operand(node, 0))
-    over = node.attributes.get_ints("axes")
+    over = integers(node, 1, "axes")
     if over is None and len(node.inputs) > 1 and node.inputs[1] is not None:
-        given = constant_of(node.inputs[1])
-        if given is None:
-            raise Declined("is over computed axes")
-        over = given.reshape(-1).tolist()
-    if not over:
-        if node.attributes.get_int("noop_with_empty_axes", 0):
-            return [axes]
-        over = range(len(axes))
-    return [_reduced(flow, node, axes, over)]
+        raise Declined("is over computed axes")
+    if over is None or not over.size:
+        every = not node.attributes.get_int("noop_with_empty_axes", 0)
+        return [_reduced(flow, node, axes, range(len(axes) if every else 0))]
+    return [_reduced(flow, node, axes, over.tolist())]
 
 
 @rule("ArgMax", "ArgMin")
@@ -85,7 +81,7 @@ def _axes_over(flow: Flow, node: ir.Node, rank: int) -> Sequence[int]:
         return [1]
     if node.op_type == "CumSum":
         given = constant_of(node.inputs[1])
-        return range(rank) if given is None else [int(given)]
+        return range(rank) if given is None else [int(given.item())]
     flattened = node.op_type in ("Softmax", "LogSoftmax", "Hardmax") and flow.opset < 13
     axis = node.attributes.get_int("axis", 1 if flattened else -1) % rank
     return range(axis, rank) if flattened or "Layer" in node.op_type or "RMS" in node.op_type else [axis]

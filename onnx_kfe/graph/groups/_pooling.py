@@ -33,8 +33,8 @@ def resize(flow: Flow, node: ir.Node) -> Sequence[Axes]:
         sizes = {entry: axes[axis] for entry, axis in enumerate(resized)}
         if constant_of(node.inputs[3]) is not None:
             flow.count(node, 3, sizes)
-        elif not flow.follows(operand(node, 3), sizes):
-            raise Declined("is given a computed size of it")
+        else:
+            flow.follow(node, 3, sizes)
     return [axes]
 
 

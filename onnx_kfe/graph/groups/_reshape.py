@@ -7,14 +7,16 @@ or shuffled groups in front, all of these lose the same channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 import onnx_ir as ir
 
-from onnx_kfe.graph.groups._coordinates import Ids
-from onnx_kfe.graph.groups._flow import Axes, Constant, Declined, Flow, Keep, constant_of, operand
+from onnx_kfe.graph.groups._coordinates import STAYS, Ids
+from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, operand
 from onnx_kfe.graph.groups._registry import rule
+from onnx_kfe.graph.groups._sites import Constant, Keep
+from onnx_kfe.graph.groups._sizes import axes_of
 
 __all__: list[str] = []
 
@@ -22,38 +24,42 @@ __all__: list[str] = []
 @rule("Flatten")
 def flatten(flow: Flow, node: ir.Node) -> Sequence[Axes]:
     """A Reshape without a target."""
-    return [_regrouped(flow, node)]
+    return [_regrouped(flow, node, flow.fixed(node.outputs[0]))]
 
 
 @rule("Reshape")
 def reshape(flow: Flow, node: ir.Node) -> Sequence[Axes]:
     """The target is counted anew; one that is computed becomes a constant."""
-    axes = _regrouped(flow, node)
-    target = constant_of(node.inputs[1])
+    target, output = constant_of(node.inputs[1]), node.outputs[0]
+    entries = flow.sizes.get(operand(node, 1), ()) if target is None else target.tolist()
+    fixed = flow.fixed(output) | {axis for axis, size in enumerate(entries) if isinstance(size, int) and size > 0}
+    axes = _regrouped(flow, node, fixed)
     if target is not None:
         flow.count(node, 1, {entry: ids for entry, ids in enumerate(axes) if target[entry] > 0})
-        return [axes]
-    read = [ids for ids in (*axes, *flow.sizes.get(operand(node, 1), ())) if ids is not None]
-    if read:
-        free = _free(flow, node, axes)
-        sizes = flow.shape(node.outputs[0])
+    elif read := [ids for ids in (*axes, *axes_of(entries)) if ids is not None]:
+        free, shape = _free(flow, node, axes, fixed), flow.shape(output)
 
         def constant(_: Constant | None, keep: Keep) -> Constant:
-            counts = (size if ids is None else keep(ids).sum() for ids, size in zip(axes, sizes, strict=True))
+            counts = (size if ids is None else keep(ids).sum() for ids, size in zip(axes, shape, strict=True))
             return np.array([free.get(axis, count) for axis, count in enumerate(counts)], np.int64)
 
         flow.edit(node, 1, np.concatenate(read), constant)
     return [axes]
 
 
-def _regrouped(flow: Flow, node: ir.Node) -> Axes:
-    """The coordinates of the output."""
-    x, output = operand(node, 0), node.outputs[0]
-    axes, before, after = flow.axes(x), flow.shape(x), flow.shape(output)
+def _regrouped(flow: Flow, node: ir.Node, fixed: Set[int]) -> Axes:
+    """The coordinates of the output.
+
+    Args:
+        flow: The coordinates so far.
+        node: A Reshape or Flatten.
+        fixed: The axes of the output whose sizes are the same for all inputs.
+    """
+    axes, before, after = flow.axes(operand(node, 0)), flow.shape(operand(node, 0)), flow.shape(node.outputs[0])
     found: list[Ids | None] = [None] * len(after)
     for old, new in _segments(before, after):
         tracked = [axis for axis in old if axes[axis] is not None]
-        candidates = [axis for axis in new if after[axis] > 1 and _fixed(output, axis)]
+        candidates = [axis for axis in new if after[axis] > 1 and (axis in fixed or len(old) == 1)]
         if not tracked:
             continue
         if len(tracked) > 1 or not candidates:
@@ -97,7 +103,7 @@ def _distinct(rows: Ids) -> list[Ids]:
 
 
 def _count_units(ties: Sequence[Ids]) -> int:
-    """How many units are left when the coordinates of each tie are united."""
+    """How many units that may go are left when the coordinates of each tie are united."""
     parents: dict[int, int] = {}
 
     def root(each: int) -> int:
@@ -106,7 +112,7 @@ def _count_units(ties: Sequence[Ids]) -> int:
         return each
 
     for tie in ties:
-        for each in tie.tolist():
+        for each in tie.tolist() if STAYS not in tie else ():
             parents[root(each)] = root(int(tie[0]))
     return sum(each == parent for each, parent in parents.items())
 
@@ -124,18 +130,12 @@ def _segments(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[ran
         yield range(first, i), range(second, j)
 
 
-def _free(flow: Flow, node: ir.Node, axes: Axes) -> dict[int, int]:
+def _free(flow: Flow, node: ir.Node, axes: Axes, fixed: Set[int]) -> dict[int, int]:
     """The entries of a new target that are not counted: 0 for an axis that stays in its place, -1 for one other."""
-    x, output = operand(node, 0), node.outputs[0]
-    before, after = flow.shape(x), flow.shape(output)
-    open_axes = [axis for axis, ids in enumerate(axes) if ids is None and not _fixed(output, axis)]
+    before, after = flow.shape(operand(node, 0)), flow.shape(node.outputs[0])
+    moving = [axis for axis, ids in enumerate(axes) if ids is None and axis not in fixed]
     kept = [old[0] for old, new in _segments(before, after) if list(old) == list(new) and len(old) == 1]
-    others = [axis for axis in open_axes if axis not in kept]
+    others = [axis for axis in moving if axis not in kept]
     if len(others) > 1 or node.attributes.get_int("allowzero", False):
         raise Declined("is given a computed shape that no constant can replace")
-    return {axis: 0 if axis in kept else -1 for axis in open_axes}
-
-
-def _fixed(value: ir.Value, axis: int) -> bool:
-    """Whether the size of an axis is the same for all inputs."""
-    return value.shape is not None and isinstance(value.shape[axis], int)
+    return {axis: 0 if axis in kept else -1 for axis in moving}

@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.graph.groups._coordinates import Ids
-from onnx_kfe.graph.groups._flow import Axes, Constant, Declined, Flow, Keep, constant_of, operand
+from onnx_kfe.graph.groups._flow import Axes, Declined, Flow, constant_of, integers, operand
 from onnx_kfe.graph.groups._registry import rule
+from onnx_kfe.graph.groups._sites import Constant, Keep
 
 __all__: list[str] = []
 
@@ -37,16 +38,16 @@ def split(flow: Flow, node: ir.Node) -> Sequence[Axes]:
 def slice_(flow: Flow, node: ir.Node) -> Sequence[Axes]:
     """A part of each axis that is named; its bounds are counted anew."""
     axes = list(flow.axes(operand(node, 0)))
-    named = _argument(node, 3, "axes")
+    named = integers(node, 3, "axes")
     if named is None and (len(node.inputs) > 3 and node.inputs[3] is not None):
         raise Declined("is along computed axes")
-    starts, ends = _argument(node, 1, "starts"), _argument(node, 2, "ends")
+    starts, ends = integers(node, 1, "starts"), integers(node, 2, "ends")
     count = len(next((each for each in (named, starts, ends) if each is not None), axes))
     along = range(count) if named is None else [int(axis) % len(axes) for axis in named]
     tracked = {entry: axis for entry, axis in enumerate(along) if axes[axis] is not None}
     if not tracked:
         return [axes]
-    steps = _argument(node, 4, "steps")
+    steps = integers(node, 4, "steps")
     if starts is None or ends is None or (steps is None and len(node.inputs) > 4 and node.inputs[4] is not None):
         raise Declined("is given computed bounds")
     whole = [axes[axis] for axis in tracked.values()]
@@ -89,10 +90,10 @@ def gather(flow: Flow, node: ir.Node) -> Sequence[Axes]:
 def pad(flow: Flow, node: ir.Node) -> Sequence[Axes]:
     """Constants around; those along a tracked axis go with what they meet. A negative amount takes indices away."""
     axes = list(flow.axes(operand(node, 0)))
-    amounts = _argument(node, 1, "pads")
+    amounts = integers(node, 1, "pads")
     if amounts is None:
         raise Declined("is given computed amounts")
-    named = _argument(node, 3, "axes")
+    named = integers(node, 3, "axes")
     if named is None and len(node.inputs) > 3 and node.inputs[3] is not None:
         raise Declined("is along computed axes")
     along = range(len(axes)) if named is None else [int(axis) % len(axes) for axis in named]
@@ -117,14 +118,6 @@ def _renumbered(indices: Constant | None, ids: Ids, keep: Keep) -> Constant:
     places = np.cumsum(kept) - 1
     absolute = indices % len(ids)
     return places[absolute[kept[absolute]] if indices.ndim else absolute]
-
-
-def _argument(node: ir.Node, place: int, name: str) -> Constant | None:
-    """Integers that are an attribute in older versions of an operator and an input in newer ones, if constant."""
-    given = node.attributes.get_ints(name)
-    if given is not None:
-        return np.array(given)
-    return constant_of(node.inputs[place]) if len(node.inputs) > place else None
 
 
 def _place(node: ir.Node, place: int, name: str) -> int | str:

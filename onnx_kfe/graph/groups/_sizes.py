@@ -8,67 +8,72 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.graph.groups._coordinates import Ids
-from onnx_kfe.graph.groups._flow import Flow, constant_of, operand
+from onnx_kfe.graph.groups._flow import Axes, Flow, Size, constant_of, integers, operand
+from onnx_kfe.graph.groups._registry import rule
 
-__all__ = ["follow_sizes"]
+__all__ = ["axes_of", "follow_sizes"]
 
 _KEEPING = ("Squeeze", "Unsqueeze", "Cast", "Identity")
 _COPING = {"Reshape": 1, "Expand": 1, "Resize": 3}  # whose rules see to the sizes that they read there
 
 
+@rule("Shape")
+def shape(flow: Flow, node: ir.Node) -> Sequence[Axes]:
+    """Sizes, which `follow_sizes` sees to, and no channels."""
+    return []
+
+
 def follow_sizes(flow: Flow, node: ir.Node) -> None:
     """Tell what integers of a node are sizes of tracked axes; such an axis stays where that is not followed."""
+    sizes = _passed(flow, node)
+    if sizes is not None and any(size is not None for size in sizes):
+        flow.sizes[node.outputs[0]] = sizes
+    if sizes is not None:
+        return
+    for place, value in enumerate(node.inputs):
+        if value is not None and _COPING.get(node.op_type) != place:
+            for ids in axes_of(flow.sizes.get(value, ())):
+                flow.freeze(node, ids, "reads the size of it")
+
+
+def axes_of(sizes: Sequence[Size]) -> list[Ids]:
+    """The coordinates of the axes that sizes are of."""
+    return [size for size in sizes if isinstance(size, np.ndarray)]
+
+
+def _passed(flow: Flow, node: ir.Node) -> Sequence[Size] | None:
+    """The sizes that come out of a node; None for a node that does more than move some."""
     if node.op_type == "Shape":
-        _assign(flow, node, _shape(flow, node))
-        return
-    read = [value for value in node.inputs if value is not None and value in flow.sizes]
-    if not read or (node.op_type in _COPING and read == [operand(node, _COPING[node.op_type])]):
-        return
-    entries = _passed(flow, node)
-    if entries is not None:
-        _assign(flow, node, entries)
-        return
-    for value in read:
-        for ids in flow.sizes[value]:
-            flow.freeze(node, ids, "reads the size of it")
-
-
-def _shape(flow: Flow, node: ir.Node) -> Sequence[Ids | None]:
-    value = operand(node, 0)
-    if value not in flow.values:
-        return ()
-    axes = flow.axes(value)
-    return axes[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(axes))]
-
-
-def _passed(flow: Flow, node: ir.Node) -> Sequence[Ids | None] | None:
-    """The sizes that come out of a node that reads some; None for a node that does more than move them."""
+        axes = flow.values.get(operand(node, 0), ())
+        return axes[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(axes))]
     if node.op_type == "Concat":
-        return [ids for place in range(len(node.inputs)) for ids in _entries(flow, operand(node, place))]
-    entries = _entries(flow, operand(node, 0))
+        parts = [_entries(flow, value) for value in node.inputs]
+        return None if any(part is None for part in parts) else [size for part in parts for size in part or ()]
+    sizes = flow.sizes.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
+    if sizes is None:
+        return None
     if node.op_type in _KEEPING:
-        return entries
+        return sizes
     if node.op_type == "Gather":
         indices = constant_of(node.inputs[1])
-        return None if indices is None else [entries[index] for index in indices.reshape(-1).tolist()]
+        return None if indices is None else [sizes[index] for index in indices.reshape(-1).tolist()]
     if node.op_type == "Slice":
-        bounds = [_bound(node, place, name) for place, name in ((1, "starts"), (2, "ends"), (4, "steps"))]
-        return None if bounds[0] is None or bounds[1] is None else entries[slice(*bounds)]
+        first, last, step = (_bound(node, place, name) for place, name in ((1, "starts"), (2, "ends"), (4, "steps")))
+        return None if first is None or last is None else sizes[first:last:step]
     return None
 
 
-def _entries(flow: Flow, value: ir.Value) -> Sequence[Ids | None]:
-    return flow.sizes.get(value) or [None] * int(np.prod(flow.shape(value)))
+def _entries(flow: Flow, value: ir.Value | None) -> Sequence[Size] | None:
+    """The sizes in a value, unknown ones among them; None for a value that is no list of integers."""
+    if value is None or value.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        return None
+    constant = constant_of(value)
+    if constant is not None:
+        return constant.tolist() if constant.ndim == 1 else None
+    shape = flow.shape(value)
+    return flow.sizes.get(value, [None] * shape[0]) if len(shape) == 1 else None
 
 
 def _bound(node: ir.Node, place: int, name: str) -> int | None:
-    given = node.attributes.get_ints(name)
-    if given is None:
-        constant = constant_of(node.inputs[place]) if len(node.inputs) > place else None
-        given = None if constant is None else constant.tolist()
+    given = integers(node, place, name)
     return None if given is None else int(given[0])
-
-
-def _assign(flow: Flow, node: ir.Node, entries: Sequence[Ids | None]) -> None:
-    if any(ids is not None for ids in entries):
-        flow.sizes[node.outputs[0]] = entries
