@@ -68,9 +68,7 @@ class Recipe:
             method = "channels"
         chosen = find_method(basis=basis) if method is None else find_method(method, basis)
         if channels is not None and chosen.basis != "channel":
-            raise UsageError(
-                f"--channels: they go by channels, {', '.join(IMPORTANCES)}, not by --method {chosen.name}"
-            )
+            raise UsageError(f"--channels: they go by channels or {', '.join(IMPORTANCES)}, not by {chosen.name}")
         if rounds > 1 and (chosen.basis is None or channels is not None):
             raise UsageError("--iterations: forms are chosen at once; it goes with other methods, without --channels")
         if curvature not in CURVATURES:

@@ -122,7 +122,7 @@ class ThresholdPlanner(ABC):
         return keep_above(self._scores, self._thresholds[place], self._round_to)
 
     def _filled(self, masks: Masks, budgets: Sequence[Budget]) -> Masks:
-        """What a step of the grid dropped beyond need, kept after all: the most important that fits, again and again."""
+        """What a step of the grid drops beyond need is kept: the most important that fits, again and again."""
         assert self._round_to is not None
         sides = set(masks)
         while sides:
