@@ -78,6 +78,8 @@ class ChannelPlanner(ThresholdPlanner):
         KfeError: The statistics are of another model, or lack what the importance needs in every layer.
     """
 
+    bounds = "of each group the best channels stay, a twentieth at least"
+
     def __init__(
         self,
         network: Network,

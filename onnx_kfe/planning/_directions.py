@@ -39,6 +39,8 @@ class DirectionPlanner(ThresholdPlanner):
         KfeError: The statistics are of another model.
     """
 
+    bounds = "of each layer the best directions stay, a twentieth at least"
+
     def __init__(
         self,
         network: Network,

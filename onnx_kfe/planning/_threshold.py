@@ -55,7 +55,7 @@ class ThresholdPlanner(ABC):
         nanoseconds: Latency of a run of the original, where there is a budget of latency.
     """
 
-    bounds = "a threshold of importance"
+    bounds = "the best of each side stay, a twentieth at least"
     """What bounds what can be reached, in words."""
 
     def __init__(
@@ -93,7 +93,9 @@ class ThresholdPlanner(ABC):
             least = self._timed(self.cost(self._at(place - 1)))
             original = self._timed(self._original)
             possible = describe([b.meeting(b.of(least), b.of(original)) for b in budgets])
-            raise BudgetError(f"{describe(budgets)} cannot be met: the smallest this model can become is {possible}")
+            raise BudgetError(
+                f"{describe(budgets)} cannot be met, for {self.bounds}: the smallest this model can become is {possible}"
+            )
         return self.written(self._at(place), describe(budgets))
 
     def fraction(self, plan: Plan, kind: type[Budget]) -> float:
