@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,8 @@ def cut_layer(problem: LayerProblem, cut: LayerCut, compensates: bool) -> CutLay
 class ChannelPlanner(ThresholdPlanner):
     """Channels of all groups under one threshold: the importance of a unit is that of all rows that go with it.
 
-    Where no layer that computes a group has statistics, it is that of the columns that read it.
+    Where no layer that computes a group has statistics, it is that of the columns that read it, but for the saliency,
+    which says nothing of these.
 
     Args:
         network: The model.
@@ -94,19 +95,20 @@ class ChannelPlanner(ThresholdPlanner):
         elif IMPORTANCES[importance].needs != "weights":
             raise KfeError(f"importance {importance} needs statistics: give --data or --stats")
         self._network, self._statistics, self._importance = network, statistics, IMPORTANCES[importance]
+        self._sides = ("rows",) if self._importance.needs == "saliency" else ("rows", "columns")
         self._channels = find_groups(network)
         self._layers = {layer.name: layer for layer in network.layers}
         self._skipped: dict[str, str] = {}
         layer_scores = dict(self._layer_scores())
         scores: dict[str, Array] = {}
         for group in self._channels.groups:
-            found = _unit_scores(group, layer_scores)
+            found = _unit_scores(group, layer_scores, self._sides)
             if group.reason is not None or found is None:
                 self._skipped[f"channels of {group.name}"] = group.reason or self._unseen(group)
             else:
                 scores[group.name] = found
         original = network_cost(network.whole or network)
-        super().__init__(scores, original, network_cost(network), round_to, nanoseconds)
+        super().__init__(scores, original, network_cost(network), round_to, nanoseconds, self._skipped)
 
     def cost(self, masks: Masks) -> Cost:
         cuts = self._channels.cut(masks)
@@ -156,9 +158,9 @@ class ChannelPlanner(ThresholdPlanner):
         return f"no statistics of its layers: {reason or 'none were collected'}"
 
 
-def _unit_scores(group: ChannelGroup, layer_scores: dict[str, Scores]) -> Array | None:
+def _unit_scores(group: ChannelGroup, layer_scores: dict[str, Scores], sides: Sequence[str]) -> Array | None:
     """Importance of each unit: summed over the rows that compute it, else over the columns that read it."""
-    for side in ("rows", "columns"):
+    for side in sides:
         members = [member for member in group.members if member.side == side and member.layer in layer_scores]
         total = np.zeros(group.size)
         for member in members:

@@ -76,7 +76,7 @@ class DirectionPlanner(ThresholdPlanner):
         for name, problem in self.problems.items():
             scores[name + _ROWS], scores[name + _COLUMNS] = form.scores(problem)
         original = network_cost(network.whole or network)
-        super().__init__(scores, original, network_cost(network), round_to, nanoseconds)
+        super().__init__(scores, original, network_cost(network), round_to, nanoseconds, self._skipped)
 
     def cost(self, masks: Masks) -> Cost:
         return self._total({name: self._choice(name, masks) for name in self.problems} | self._settled)

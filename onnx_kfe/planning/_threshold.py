@@ -24,6 +24,7 @@ Masks = dict[str, np.ndarray]
 
 _MOST_DROPPED = 0.95  # of a side, as EigenDamage has it
 _FRONTIER_POINTS = 17
+_NAMED = 3  # reasons in a message
 
 
 def keep_above(scores: Mapping[str, Array], threshold: float, round_to: int | None) -> Masks:
@@ -53,16 +54,27 @@ class ThresholdPlanner(ABC):
         dense: Cost of the model that is pruned, before it is.
         round_to: See `keep_above`.
         nanoseconds: Latency of a run of the original, where there is a budget of latency.
+        skipped: Reasons by name of what could not be considered.
+
+    Raises:
+        BudgetError: There are no sides.
     """
 
     bounds = "the best of each side stay, a twentieth at least"
     """What bounds what can be reached, in words."""
 
     def __init__(
-        self, scores: Mapping[str, Array], original: Cost, dense: Cost, round_to: int | None, nanoseconds: int
+        self,
+        scores: Mapping[str, Array],
+        original: Cost,
+        dense: Cost,
+        round_to: int | None,
+        nanoseconds: int,
+        skipped: Mapping[str, str],
     ) -> None:
         if not scores:
-            raise BudgetError("nothing in the model can be pruned; see onnx-kfe inspect for the reasons")
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:_NAMED])
+            raise BudgetError(f"nothing in the model can be pruned: {reasons or 'see onnx-kfe inspect'}")
         self._scores, self._original, self._dense, self._round_to = dict(scores), original, dense, round_to
         self._nanoseconds = nanoseconds
         self._thresholds = [-np.inf, *np.unique(np.concatenate([*scores.values(), np.zeros(0)]))]
@@ -94,7 +106,8 @@ class ThresholdPlanner(ABC):
             original = self._timed(self._original)
             possible = describe([b.meeting(b.of(least), b.of(original)) for b in budgets])
             raise BudgetError(
-                f"{describe(budgets)} cannot be met, for {self.bounds}: the smallest this model can become is {possible}"
+                f"{describe(budgets)} cannot be met, for {self.bounds}: "
+                f"the smallest this model can become is {possible}"
             )
         return self.written(self._at(place), describe(budgets))
 

@@ -48,7 +48,7 @@ def scores_of(seed: int, ties: bool = False) -> dict[str, np.ndarray]:
 
 
 def planner_of(scores: dict[str, np.ndarray], round_to: int | None = None) -> Sides:
-    return Sides(scores, WHOLE, WHOLE, round_to, NANOSECONDS)
+    return Sides(scores, WHOLE, WHOLE, round_to, NANOSECONDS, {})
 
 
 def kept_of(scores: dict[str, np.ndarray], threshold: float, round_to: int | None = None) -> dict[str, set[int]]:
@@ -127,8 +127,8 @@ def test_what_cannot_be_met_is_answered_with_what_can() -> None:
 def test_a_budget_is_needed_and_something_to_drop() -> None:
     with pytest.raises(UsageError, match="give a budget"):
         planner_of(scores_of(0)).plan()
-    with pytest.raises(BudgetError, match="nothing in the model can be pruned"):
-        planner_of({})
+    with pytest.raises(BudgetError, match=r"^nothing in the model can be pruned: a: b; c: d; e: f$"):
+        Sides({}, WHOLE, WHOLE, None, 0, {"a": "b", "c": "d", "e": "f", "g": "h"})
 
 
 def test_latency_goes_with_the_operations() -> None:
@@ -152,7 +152,7 @@ class Lossy(Sides):
 
 @pytest.mark.parametrize("kind", [Macs, Params, Latency])
 def test_the_frontier_falls_to_no_loss_at_full_size(kind) -> None:
-    planner = Lossy(scores_of(0), WHOLE, WHOLE, None, NANOSECONDS)
+    planner = Lossy(scores_of(0), WHOLE, WHOLE, None, NANOSECONDS, {})
     fractions, losses = planner.frontier(kind)
     assert fractions[-1] == 1
     assert losses[-1] == 0
