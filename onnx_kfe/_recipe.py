@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from onnx_kfe._latency_goal import Lap, Stadium, meet
 from onnx_kfe._measure import Machine
 from onnx_kfe.calibration import Statistics
-from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.errors import UsageError
 from onnx_kfe.graph import Network
 from onnx_kfe.kfe import IMPORTANCES
 from onnx_kfe.planning import (
@@ -115,7 +115,7 @@ def make_plan(
 
     Raises:
         BudgetError: The budgets cannot be met.
-        KfeError: The recipe needs statistics, and there are none.
+        UsageError: The recipe needs statistics, and there are none.
     """
     if recipe.channels is None:
         return _planned(network, statistics, budgets, machine, progress, round_to, recipe.method)
@@ -172,5 +172,5 @@ def make_planner(
             grid = round_to or DEFAULT_ROUND_TO
             return ChannelPlanner(network, statistics, method.name, round_to=grid, nanoseconds=nanoseconds)
         if statistics is None:
-            raise KfeError(f"--method {method.name} needs statistics: give --data or --stats")
+            raise UsageError(f"--method {method.name} needs statistics: give --data or --stats")
         return DirectionPlanner(network, statistics, method.form, round_to=round_to, nanoseconds=nanoseconds)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_kfe.calibration import Statistics
-from onnx_kfe.errors import KfeError
+from onnx_kfe.errors import UsageError
 from onnx_kfe.graph import ChannelGroup, LayerCut, Network, find_groups
 from onnx_kfe.kfe import IMPORTANCES, Array, Scores, compensate
 from onnx_kfe.planning._allocation import DENSE, Candidate
@@ -77,6 +77,7 @@ class ChannelPlanner(ThresholdPlanner):
     Raises:
         BudgetError: No group can be pruned.
         KfeError: The statistics are of another model, or lack what the importance needs in every layer.
+        UsageError: There are none, and the importance needs them.
     """
 
     bounds = "of each group the best channels stay, a twentieth at least"
@@ -93,11 +94,14 @@ class ChannelPlanner(ThresholdPlanner):
         if statistics is not None:
             statistics.check_model(network.fingerprint, network.name)
         elif IMPORTANCES[importance].needs != "weights":
-            raise KfeError(f"importance {importance} needs statistics: give --data or --stats")
+            raise UsageError(f"--method {importance} needs statistics: give --data or --stats")
         self._network, self._statistics, self._importance = network, statistics, IMPORTANCES[importance]
         self._sides = ("rows",) if self._importance.needs == "saliency" else ("rows", "columns")
         self._channels = find_groups(network)
         self._layers = {layer.name: layer for layer in network.layers}
+        weights = {layer.node.inputs[1]: layer.name for layer in network.layers}
+        # of the layers that share a weight one, and none where it is computed
+        self._owners = {name for weight, name in weights.items() if weight is not None and weight.is_initializer()}
         self._skipped: dict[str, str] = {}
         layer_scores = dict(self._layer_scores())
         scores: dict[str, Array] = {}
@@ -117,7 +121,8 @@ class ChannelPlanner(ThresholdPlanner):
             if layer.geometry is not None:
                 before, after = dense_cost(layer.geometry), dense_cost(cuts[layer.name].geometry(layer.geometry))
                 macs += after.macs - before.macs
-                parameters += after.parameters - before.parameters
+                if layer.name in self._owners:
+                    parameters += after.parameters - before.parameters
         return Cost(macs, parameters)
 
     def planned(self, plan: Plan) -> Cost:

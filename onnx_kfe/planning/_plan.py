@@ -197,10 +197,10 @@ def _checked(where: str, layer: Layer | None, entry: Any) -> Candidate:
     if layer is None:
         raise UsageError(f"{where} is not in the model")
     form, ranks = (entry.get("form"), entry.get("ranks", [])) if isinstance(entry, dict) else (None, [])
-    if form == DENSE and layer.geometry is not None:
-        return Candidate(DENSE, (), dense_cost(layer.geometry), 0.0)
     loss = entry.get("predicted_loss") if isinstance(entry, dict) else None
     known = float(loss) if isinstance(loss, int | float) else math.nan
+    if form == DENSE and layer.geometry is not None:
+        return Candidate(DENSE, (), dense_cost(layer.geometry), 0.0 if math.isnan(known) else known)
     if form == REMOVED:
         return Candidate(REMOVED, (), Cost(0, 0), known, tuple(entry.get("removes", [])))
     if not layer.prunable or layer.geometry is None:
