@@ -69,6 +69,8 @@ class Recipe:
         chosen = find_method(basis=basis) if method is None else find_method(method, basis)
         if channels is not None and chosen.basis != "channel":
             raise UsageError(f"--channels: channels go by {', '.join(IMPORTANCES)}, not by --method {chosen.name}")
+        if rounds < 1:
+            raise UsageError(f"--iterations {rounds}: give 1 or more")
         if rounds > 1 and (chosen.basis is None or channels is not None):
             raise UsageError("--iterations: forms are chosen at once; it goes with other methods, without --channels")
         if curvature not in CURVATURES:
