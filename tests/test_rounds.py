@@ -16,7 +16,6 @@ from onnx_kfe.planning import (
     Budget,
     ChannelPlanner,
     DirectionPlanner,
-    LayerProblem,
     Macs,
     Milliseconds,
     Params,
@@ -60,14 +59,18 @@ def given(request) -> tuple[Network, kfe.Statistics]:
 
 
 def rounds_of(
-    given: tuple[Network, kfe.Statistics], recipe: Recipe, *budgets: Budget, round_to: int | None = None
+    given: tuple[Network, kfe.Statistics],
+    recipe: Recipe,
+    *budgets: Budget,
+    round_to: int | None = None,
+    x: np.ndarray = X,
 ) -> tuple[Rounds, list[Network]]:
     """What came of them, and the networks that statistics were collected of on the way."""
     seen: list[Network] = []
 
     def collect(network: Network) -> kfe.Statistics:
         seen.append(network)
-        return kfe.collect(network, {"x": X}, threads=1)
+        return kfe.collect(network, {"x": x}, threads=1)
 
     return prune_in_rounds(*given, budgets, recipe, round_to, Machine(threads=1), collect, Progress()), seen
 
@@ -87,9 +90,9 @@ def test_the_budget_is_met_in_the_end_and_in_steps(given, method, basis, budget)
     assert spent <= budget.amount * budget.of(found.plan.original) + added
     (half,) = seen
     between = {"macs": count_macs(half.model), "parameters": count_parameters(half.model)}[budget.resource]
-    if not found.chains:
+    if not found.chains:  # in the network in between cores stand by themselves
         assert between <= budget.amount**0.5 * budget.of(found.plan.original) + added
-    assert spent < between < budget.of(found.plan.original) * (1.0 if not found.chains else 1.2)
+    assert spent < between
     assert np.isfinite(run(model, {"x": X})["logits"]).all()
     assert set(found.losses) >= {name for name, choice in found.plan.changed.items()}
     assert found.plan.predicted_loss == pytest.approx(sum(found.losses.values()))
@@ -152,13 +155,15 @@ def test_channels_of_later_rounds_are_those_of_the_original(given) -> None:
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])
-def test_the_mean_output_of_each_layer_stays_over_rounds(rounds) -> None:
-    """Of the first layer that is replaced, whose inputs are those of the original."""
+def test_the_mean_output_stays_over_rounds(rounds) -> None:
+    """Of the first layer, which in each round gets the inputs that it got at first; later ones get others."""
     network = open_network(pointwise())
-    given = network, kfe.collect(network, {"x": X}, threads=1)
-    found, _ = rounds_of(given, Recipe.of("c-obd", "kfe", rounds=rounds), Macs(0.5))
+    x = np.broadcast_to(weights(128, 3, 1, 1), (128, 3, 8, 8))  # so that it does not matter which positions are drawn
+    given = network, kfe.collect(network, {"x": x}, threads=1)
+    found, _ = rounds_of(given, Recipe.of("c-obd", "kfe", rounds=rounds), Macs(0.5), x=x)
+    assert network.layers[0].name in found.chains
     statistics = given[1]
-    changed = 0
+    moved = 0.0
     for name, chain in found.chains.items():
         (layer,) = (each for each in network.layers if each.name == name)
         mean = statistics.layers[name].mean[0]
@@ -166,10 +171,8 @@ def test_the_mean_output_of_each_layer_stays_over_rounds(rounds) -> None:
         after = compose(chain.stages)[0].reshape(-1, mean.size) @ mean + chain.bias
         if layer is network.layers[0] or rounds == 1:
             np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
-        changed += (
-            np.abs(after - before - (chain.bias - LayerProblem(layer, None).bias(layer.weight()[None][0]))).max() > 1e-6
-        )
-    assert changed
+        moved = max(moved, np.abs(chain.bias - (0 if layer.bias() is None else layer.bias())).max())
+    assert moved > 1e-3
 
 
 def test_the_published_method_leaves_the_biases_in_every_round() -> None:

@@ -15,7 +15,7 @@ from onnx_kfe.planning._allocation import DENSE, Candidate
 from onnx_kfe.planning._chain import Cost, dense_cost
 from onnx_kfe.planning._plan import Plan, network_cost
 from onnx_kfe.planning._problem import LayerProblem
-from onnx_kfe.planning._threshold import Masks, ThresholdPlanner
+from onnx_kfe.planning._threshold import Masks, ThresholdPlanner, check_any
 
 __all__ = ["ChannelPlanner", "CutLayer", "cut_layer"]
 
@@ -111,8 +111,9 @@ class ChannelPlanner(ThresholdPlanner):
                 self._skipped[f"channels of {group.name}"] = group.reason or self._unseen(group)
             else:
                 scores[group.name] = found
+        check_any(scores, self._skipped)
         original = network_cost(network.whole or network)
-        super().__init__(scores, original, network_cost(network), round_to, nanoseconds, self._skipped)
+        super().__init__(scores, original, network_cost(network), round_to, nanoseconds)
 
     def cost(self, masks: Masks) -> Cost:
         cuts = self._channels.cut(masks)

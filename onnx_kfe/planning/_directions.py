@@ -13,7 +13,7 @@ from onnx_kfe.planning._chain import Cost, compose, dense_cost
 from onnx_kfe.planning._direction_forms import DirectionChain
 from onnx_kfe.planning._plan import Plan, network_cost
 from onnx_kfe.planning._problem import LayerProblem
-from onnx_kfe.planning._threshold import Masks, ThresholdPlanner
+from onnx_kfe.planning._threshold import Masks, ThresholdPlanner, check_any
 
 __all__ = ["DirectionPlanner"]
 
@@ -75,8 +75,10 @@ class DirectionPlanner(ThresholdPlanner):
         scores: dict[str, Array] = {}
         for name, problem in self.problems.items():
             scores[name + _ROWS], scores[name + _COLUMNS] = form.scores(problem)
+        if not self._settled:  # of what was, some may be small enough already
+            check_any(scores, self._skipped)
         original = network_cost(network.whole or network)
-        super().__init__(scores, original, network_cost(network), round_to, nanoseconds, self._skipped)
+        super().__init__(scores, original, network_cost(network), round_to, nanoseconds)
 
     def cost(self, masks: Masks) -> Cost:
         return self._total({name: self._choice(name, masks) for name in self.problems} | self._settled)

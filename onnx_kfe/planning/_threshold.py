@@ -17,7 +17,7 @@ from onnx_kfe.planning._chain import Cost
 from onnx_kfe.planning._form import rank_grid
 from onnx_kfe.planning._plan import Plan
 
-__all__ = ["Masks", "ThresholdPlanner", "keep_above"]
+__all__ = ["Masks", "ThresholdPlanner", "check_any", "keep_above"]
 
 Masks = dict[str, np.ndarray]
 """What is kept, ``[n]`` of booleans, by the name of what has n channels or directions."""
@@ -45,6 +45,17 @@ def keep_above(scores: Mapping[str, Array], threshold: float, round_to: int | No
     return masks
 
 
+def check_any(scores: Mapping[str, Array], skipped: Mapping[str, str]) -> None:
+    """Refuse to plan where nothing can go.
+
+    Raises:
+        BudgetError: There are no scores; the message has the reasons by name of what could not be considered.
+    """
+    if not scores:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:_NAMED])
+        raise BudgetError(f"nothing in the model can be pruned: {reasons or 'see onnx-kfe inspect'}")
+
+
 class ThresholdPlanner(ABC):
     """Plans by one threshold. Latency is taken to go with MACs; whole models that are timed say how far it does.
 
@@ -54,10 +65,6 @@ class ThresholdPlanner(ABC):
         dense: Cost of the model that is pruned, before it is.
         round_to: See `keep_above`.
         nanoseconds: Latency of a run of the original, where there is a budget of latency.
-        skipped: Reasons by name of what could not be considered.
-
-    Raises:
-        BudgetError: There are no sides.
     """
 
     bounds = "the best of each side stay, a twentieth at least"
@@ -70,11 +77,7 @@ class ThresholdPlanner(ABC):
         dense: Cost,
         round_to: int | None,
         nanoseconds: int,
-        skipped: Mapping[str, str],
     ) -> None:
-        if not scores:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:_NAMED])
-            raise BudgetError(f"nothing in the model can be pruned: {reasons or 'see onnx-kfe inspect'}")
         self._scores, self._original, self._dense, self._round_to = dict(scores), original, dense, round_to
         self._nanoseconds = nanoseconds
         self._thresholds = [-np.inf, *np.unique(np.concatenate([*scores.values(), np.zeros(0)]))]

@@ -9,7 +9,7 @@ import pytest
 
 from onnx_kfe.errors import BudgetError, UsageError
 from onnx_kfe.planning import Candidate, Cost, Latency, Macs, Milliseconds, Params, Plan, ThresholdPlanner, rank_grid
-from onnx_kfe.planning._threshold import Masks, keep_above
+from onnx_kfe.planning._threshold import Masks, check_any, keep_above
 
 SIZES = {"wide": 40, "narrow": 6, "single": 1}
 MACS = {"wide": 7, "narrow": 50, "single": 3}
@@ -48,7 +48,7 @@ def scores_of(seed: int, ties: bool = False) -> dict[str, np.ndarray]:
 
 
 def planner_of(scores: dict[str, np.ndarray], round_to: int | None = None) -> Sides:
-    return Sides(scores, WHOLE, WHOLE, round_to, NANOSECONDS, {})
+    return Sides(scores, WHOLE, WHOLE, round_to, NANOSECONDS)
 
 
 def kept_of(scores: dict[str, np.ndarray], threshold: float, round_to: int | None = None) -> dict[str, set[int]]:
@@ -128,7 +128,8 @@ def test_a_budget_is_needed_and_something_to_drop() -> None:
     with pytest.raises(UsageError, match="give a budget"):
         planner_of(scores_of(0)).plan()
     with pytest.raises(BudgetError, match=r"^nothing in the model can be pruned: a: b; c: d; e: f$"):
-        Sides({}, WHOLE, WHOLE, None, 0, {"a": "b", "c": "d", "e": "f", "g": "h"})
+        check_any({}, {"a": "b", "c": "d", "e": "f", "g": "h"})
+    check_any(scores_of(0), {"a": "b"})
 
 
 def test_latency_goes_with_the_operations() -> None:
@@ -152,7 +153,7 @@ class Lossy(Sides):
 
 @pytest.mark.parametrize("kind", [Macs, Params, Latency])
 def test_the_frontier_falls_to_no_loss_at_full_size(kind) -> None:
-    planner = Lossy(scores_of(0), WHOLE, WHOLE, None, NANOSECONDS, {})
+    planner = Lossy(scores_of(0), WHOLE, WHOLE, None, NANOSECONDS)
     fractions, losses = planner.frontier(kind)
     assert fractions[-1] == 1
     assert losses[-1] == 0
