@@ -34,6 +34,12 @@ _CHANNEL_IMPORTANCE = "kron-obs"
 _USE_VARIANCES = ("eigendamage", "eigendamage-depthwise", "c-obd")
 
 
+class _Channels(Macs):
+    """Share of the MACs until which channels go."""
+
+    option = "--channels"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is pruned.
@@ -69,6 +75,8 @@ class Recipe:
         chosen = find_method(basis=basis) if method is None else find_method(method, basis)
         if channels is not None and chosen.basis != "channel":
             raise UsageError(f"--channels: channels go by {', '.join(IMPORTANCES)}, not by --method {chosen.name}")
+        if channels is not None:
+            _Channels(channels)
         if rounds < 1:
             raise UsageError(f"--iterations {rounds}: give 1 or more")
         if rounds > 1 and (chosen.basis is None or channels is not None):
@@ -123,7 +131,7 @@ def make_plan(
         return _planned(network, statistics, budgets, machine, progress, round_to, recipe.method)
     channels = ChannelPlanner(network, statistics, recipe.method.name, round_to=round_to or DEFAULT_ROUND_TO)
     with progress.stage("planning channels"):
-        first = channels.plan(Macs(recipe.channels))
+        first = channels.plan(_Channels(recipe.channels))
         narrowed = narrow(network, first, statistics)
     found = _planned(narrowed.network, narrowed.statistics, budgets, machine, progress, round_to, Method())
     choices = {

@@ -109,8 +109,7 @@ class ThresholdPlanner(ABC):
             original = self._timed(self._original)
             possible = describe([b.meeting(b.of(least), b.of(original)) for b in budgets])
             raise BudgetError(
-                f"{describe(budgets)} cannot be met, for {self.bounds}: "
-                f"the smallest this model can become is {possible}"
+                f"{describe(budgets)} cannot be met ({self.bounds}): the smallest this model can become is {possible}"
             )
         return self.written(self._at(place), describe(budgets))
 
