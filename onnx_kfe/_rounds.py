@@ -24,9 +24,9 @@ from onnx_kfe.planning import (
     Milliseconds,
     Plan,
     Stage,
-    bottleneck,
     compose,
     network_cost,
+    three_factors,
 )
 from onnx_kfe.progress import Progress
 from onnx_kfe.rewrite import Chain, add_losses, narrow, write_chains
@@ -194,7 +194,7 @@ class _Bottlenecks:
                 continue
             problem = planner.problems[name]
             new = self._form.directions(problem, choice.ranks)
-            approximation = compose(bottleneck(new, problem.geometry))
+            approximation = compose(three_factors(new, problem.geometry))
             bias = problem.bias(approximation if self._form.moves_bias else problem.weight)
             if name in self._kept:
                 before = self._kept[name]
@@ -206,7 +206,7 @@ class _Bottlenecks:
 
     def network(self, plan: Plan, statistics: Statistics) -> Network:
         """The network of the chains so far, opened anew at the same shapes."""
-        chains = {name: self._chain(name, bottleneck) for name in self._kept}
+        chains = {name: self._chain(name, three_factors) for name in self._kept}
         model = write_chains(self._network, plan, statistics, chains)
         return open_network(model, input_shapes=self._network.input_shapes)
 
@@ -216,8 +216,7 @@ class _Bottlenecks:
         found = {}
         for name in self._kept:
             core = f"{name}/{self._form.name}_1"
-            geometry = self._layers[name].geometry
-            if geometry is not None and geometry.taps > 1 and core in statistics.layers:
+            if core in statistics.layers:
                 found[name] = LayerProblem(layers[core], statistics.layers[core])
         return found
 
