@@ -14,13 +14,13 @@ from onnx_kfe.rewrite import apply_plan
 from tests.networks import classifier, samples
 
 REFUSED = [
-    ({"method": "magic"}, "--method magic: it can be forms, eigendamage"),
+    ({"method": "magic"}, "--method magic: it can be forms, channels, eigendamage"),
     ({"method": "kron-obs", "basis": "fourier"}, "--basis fourier: it can be channel, kfe"),
     ({"basis": "kfe"}, "--basis kfe: it goes with --method magnitude-l1.*not with forms"),
     ({"method": "eigendamage", "basis": "kfe"}, "--basis kfe: it goes with .*not with eigendamage"),
     ({"method": "taylor", "basis": "kfe"}, "--basis kfe: taylor is defined in channel only"),
-    ({"method": "eigendamage", "channels": 0.5}, "--channels: channels go by .*not by --method eigendamage"),
-    ({"method": "c-obd", "basis": "kfe", "channels": 0.5}, "--channels: channels go by .*not by --method c-obd"),
+    ({"method": "eigendamage", "channels": 0.5}, "--channels: they go by .*not by eigendamage"),
+    ({"method": "c-obd", "basis": "kfe", "channels": 0.5}, "--channels: they go by .*not by c-obd"),
     ({"channels": 0.0}, "--channels 0.0: give a fraction"),
     ({"channels": -0.5}, "--channels -0.5: give a fraction"),
     ({"rounds": 2}, "--iterations: forms are chosen at once"),
@@ -43,7 +43,7 @@ def test_what_does_not_go_together_is_said(options, message) -> None:
 def test_what_goes_together() -> None:
     assert Recipe.of() == Recipe()
     assert Recipe.of("forms") == Recipe()
-    assert Recipe.of(channels=0.5).method == Method("kron-obs", "channel") == Recipe.of("forms", None, 0.5).method
+    assert Recipe.of(channels=0.5).method == Method("channels", "channel") == Recipe.of("forms", None, 0.5).method
     assert Recipe.of("taylor", channels=0.5).method == Method("taylor", "channel")
     assert Recipe.of("c-obd", "kfe", curvature="ekfac").curvature == "ekfac"
     assert Recipe.of("eigendamage-depthwise", rounds=3).rounds == 3
@@ -53,7 +53,7 @@ def test_what_goes_together() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_basis_and_there_a_form(name) -> None:
     method = find_method(name)
-    assert method.basis == {"forms": None}.get(name, "channel" if name in IMPORTANCES else "kfe")
+    assert method.basis == {"forms": None, "channels": "channel"}.get(name, "channel" if name in IMPORTANCES else "kfe")
     assert (method.form is not None) == (method.basis == "kfe")
     for basis in IMPORTANCES[name].bases if name in IMPORTANCES else ():
         form = find_method(name, basis).form

@@ -299,3 +299,21 @@ def test_units_that_there_are_not_are_refused(network) -> None:
             Plan("", {}, network_cost(network), channels=channels).masks(groups)
     with pytest.raises(UsageError, match="nothing would be kept"):
         groups.cut(Plan("", {}, network_cost(network), channels={FIRST: ()}).masks(groups))
+
+
+def test_importance_over_what_a_unit_costs() -> None:
+    """The method `channels` divides by the MACs, or parameters, of the rows and columns that go with a unit."""
+    network = open_network(load_case("residual-11").model)
+    statistics = statistics_of(network)
+    layers = {layer.name: layer for layer in network.layers}
+    plain = ChannelPlanner(network, statistics, "kron-obs")
+    for kind, spent in ((Macs, lambda layer: layer.macs), (Params, lambda layer: layer.geometry.weight_parameters)):
+        weighed = ChannelPlanner(network, statistics, "kron-obs", spares=kind)
+        for group in find_groups(network).groups:
+            if group.reason is not None:
+                continue
+            goes = np.zeros(group.size)
+            for member in group.members:
+                for unit in member.units[member.units >= 0]:
+                    goes[unit] += spent(layers[member.layer]) / len(member.units)
+            np.testing.assert_allclose(weighed._scores[group.name], plain._scores[group.name] / goes)

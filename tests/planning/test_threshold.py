@@ -90,16 +90,27 @@ def test_no_more_goes_than_the_budgets_take(ties: bool, budgets: list, round_to:
         scores = scores_of(seed, ties)
         values = sorted({value for side in scores.values() for value in side})
 
+        def within(masks: dict) -> bool:
+            return all(budget.of(cost_of(masks)) <= budget.limit(budget.of(WHOLE)) for budget in budgets)
+
         def meets(threshold: float, scores=scores) -> dict[str, set[int]] | None:
             kept = kept_of(scores, threshold, round_to)
             masks = {name: np.isin(np.arange(SIZES[name]), [*units]) for name, units in kept.items()}
-            spent = cost_of(masks)
-            within = (budget.of(spent) <= budget.limit(budget.of(WHOLE)) for budget in budgets)
-            return kept if all(within) else None
+            return kept if within(masks) else None
 
         wanted = next(kept for kept in map(meets, [-math.inf, *values]) if kept is not None)
         plan = planner_of(scores, round_to).plan(*budgets)
-        assert {name: set(kept) for name, kept in plan.channels.items()} == wanted
+        found = {name: set(kept) for name, kept in plan.channels.items()}
+        if round_to is None:
+            assert found == wanted
+        else:  # beyond the threshold no side can be kept a step of the grid wider
+            assert all(wanted[name] <= found[name] for name in SIZES)
+            for name, size in SIZES.items():
+                wider = [step for step in [*rank_grid(size, round_to), size] if step > len(found[name])][:1]
+                best = set(np.argsort(-scores[name], kind="stable")[: (wider or [size])[0]].tolist())
+                masks = {other: np.isin(np.arange(SIZES[other]), [*kept]) for other, kept in found.items()}
+                assert within(masks)
+                assert not wider or not within({**masks, name: np.isin(np.arange(size), [*best])})
         assert 1 < sum(map(len, wanted.values())) < sum(SIZES.values())
         assert plan.budget == " ".join(map(str, budgets))
 
