@@ -161,7 +161,10 @@ def _direction_rounds(
         cores: dict[str, LayerProblem] = {}
         if place:
             inner = state.network(plan, statistics)
-            cores = state.cores(inner, collect(inner))
+            seen = collect(inner)
+            cores = state.cores(inner, seen)
+            dense = {name: seen.layers.get(name, before) for name, before in statistics.layers.items()}
+            statistics = replace(statistics, layers=dense)
         settled = {name: choice for name, choice in plan.changed.items() if name not in cores}
         stadium = Stadium(network, machine) if any(isinstance(budget, Latency) for budget in budgets) else None
         planner = DirectionPlanner(
