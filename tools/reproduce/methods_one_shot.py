@@ -2,8 +2,8 @@
 
     python -m tools.reproduce.methods_one_shot resnet20 --statistics resnet20.safetensors --json methods.json
 
-Importances in channel coordinates and in the Kronecker-factored eigenbasis (KFE), EigenDamage, our forms, and what
-onnxsim offers. Statistics come from 1,000 unlabelled calibration samples, once for all methods. CIFAR-10 ResNets are
+Importances in channel coordinates and in the Kronecker-factored eigenbasis (KFE), EigenDamage, our channels and forms,
+and what onnxsim offers. Statistics come from 1,000 unlabelled calibration samples, once for all methods. CIFAR-10 ResNets are
 scored on the first 5,000 test images, other models on samples that were not calibrated on. Channels, directions and
 ranks are not rounded to a grid (``round_to=1``), so that every method comes as near to its budget as it can; onnxsim
 is given the sparsity that brings it nearest. MACs and parameters are counted on the written graphs. Speeds are of
@@ -210,6 +210,8 @@ ROWS = (
     Row("eigendamage", partial(by_method, method="eigendamage")),
     Row("eigendamage, EKFAC", partial(by_method, method="eigendamage", curvature="ekfac")),
     Row("eigendamage-depthwise", partial(by_method, method="eigendamage-depthwise")),
+    Row("channels", partial(by_method, method="channels")),
+    Row("channels, refitted", partial(by_method, method="channels", refit=True)),
     Row("forms", by_method),
     Row("forms, refitted", partial(by_method, refit=True)),
     Row("onnxsim L2, by layer", partial(by_onnxsim, everywhere=False, calibrated=False)),
