@@ -35,11 +35,9 @@ def convert(model: ir.Model) -> OnnxModule:
     graph = model.graph
     learnt = find_learnt(graph)
     parameters, learnt_names = set(learnt.parameters), set(learnt.values)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    initializers = [value for value in graph.initializers.values() if value.uses() or value.is_graph_output()]
-    inputs = [str(value.name) for value in graph.inputs if not value.is_initializer()]
-    outputs = [str(value.name) for value in graph.outputs]
-    names = _number(initializers)
+    _simplify_constants(model)
+    inputs, outputs = ([str(value.name) for value in values] for values in (graph.inputs, graph.outputs))
+    names = _number(list(graph.initializers.values()))
 
     program = _translate(model)
     children = dict(program.named_children())
@@ -66,6 +64,15 @@ def _check_operators(model: ir.Model) -> None:
         if not onnx2fx.is_supported(node.op_type, node.domain, opset):
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             raise KfeError(f"operator {operator} (node '{node.name or node.op_type}') cannot be converted to torch")
+
+
+def _simplify_constants(model: ir.Model) -> None:
+    """Turn every constant into an initializer that is no input and is used."""
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.RemoveInitializersFromInputsPass()(model)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
 
 
 def _number(initializers: list[ir.Value]) -> dict[str, str]:

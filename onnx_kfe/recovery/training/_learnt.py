@@ -105,7 +105,7 @@ class _Uses:
     """How values are used: which depend on the inputs, and which stand in front of a linear layer."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._computed = set(value for value in graph.inputs if not value.is_initializer())
+        self._computed = {value for value in graph.inputs if not value.is_initializer()}
         self._before_linear: set[ir.Value] = set()
         for node in graph:
             if any(value in self._computed for value in node.inputs) or _has_body(node):
