@@ -18,6 +18,7 @@ from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.exporting import export
 from onnx_kfe.pipeline import benchmark, collect, evaluate, frontier, inspect, plan, prune
 from onnx_kfe.planning import Latency, Macs, Milliseconds, Params, Plan
+from onnx_kfe.recovery.training import to_torch, write_back
 from onnx_kfe.result import Result
 
 __all__ = [
@@ -41,4 +42,6 @@ __all__ = [
     "merge",
     "plan",
     "prune",
+    "to_torch",
+    "write_back",
 ]
