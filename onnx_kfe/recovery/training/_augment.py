@@ -37,7 +37,9 @@ def augmented(image: np.ndarray, seed: int, epoch: int, sample: int) -> np.ndarr
         An image of the same shape.
     """
     random = np.random.default_rng((seed, epoch, sample))
-    rows, columns = (_shifted(size, int(random.integers(-(size // _SHIFT), size // _SHIFT + 1))) for size in image.shape[2:])
+    rows, columns = (
+        _shifted(size, int(random.integers(-(size // _SHIFT), size // _SHIFT + 1))) for size in image.shape[2:]
+    )
     if random.random() < 0.5:
         columns = columns[::-1]
     return image[:, :, rows[:, None], columns]

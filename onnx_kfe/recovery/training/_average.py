@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Average", "assign", "tensors"]
+__all__ = ["Average", "tensors"]
 
 _LONGEST = 0.9999
 
@@ -39,14 +38,5 @@ class Average:
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers by name, those shared once, in the memory of the CPU."""
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
-
-
-@torch.no_grad()
-def assign(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give a module the values of `tensors`."""
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, tensor in named.items():
-        tensor.copy_(values[name])
+    """Copies of what a module saves, by name, in the memory of the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in module.state_dict().items()}

@@ -14,17 +14,18 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import Tensor, optim
+from torch import Tensor
 
 from onnx_kfe.graph import replace_whole
 
-__all__ = ["Checkpoint", "finishing_steps", "load_moments", "moments"]
+__all__ = ["Checkpoint", "finishing_steps"]
 
 _FILE = "state.safetensors"
+Parts = dict[str, dict[str, Tensor]]
 
 
 class Checkpoint:
-    """A folder with the state of one run. That of another run is ignored, and overwritten.
+    """A folder with the state of one run. The state of another run is ignored and in time replaced, as by the refit.
 
     Args:
         folder: The folder; None keeps nothing.
@@ -37,16 +38,16 @@ class Checkpoint:
 
     @property
     def kept(self) -> bool:
-        """Whether there is a folder."""
+        """Whether anything is kept."""
         return self._folder is not None
 
     @property
     def foreign(self) -> bool:
-        """Whether the folder holds the state of another run."""
+        """Whether the folder holds something that is no state of this run."""
         return self._folder is not None and (self._folder / _FILE).exists() and self.load() is None
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and plain values of the state; None where there is none of this run."""
+    def load(self) -> tuple[Parts, dict[str, Any]] | None:
+        """Tensors by part and name, and plain values; None where there are none of this run."""
         if self._folder is None:
             return None
         try:
@@ -54,43 +55,27 @@ class Checkpoint:
                 metadata = file.metadata() or {}
                 if metadata.get("key") != self._key:
                     return None
-                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+                parts: Parts = {}
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    part, _, name = key.partition("/")
+                    parts.setdefault(part, {})[name] = file.get_tensor(key)
         except (OSError, safetensors.SafetensorError):
             return None
-        return found, json.loads(metadata["state"])
+        return parts, json.loads(metadata["state"])
 
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def save(self, parts: Parts, state: Mapping[str, Any]) -> None:
         """Keep the state, in place of what was kept before."""
         if self._folder is None:
             return
         self._folder.mkdir(exist_ok=True)
+        flat = {f"{part}/{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
         metadata = {"key": self._key, "state": json.dumps(state)}
-        replace_whole(self._folder / _FILE, safetensors.torch.save(dict(tensors), metadata))
+        replace_whole(self._folder / _FILE, safetensors.torch.save(flat, metadata))
 
     def remove(self) -> None:
         """Remove the folder, when all is done."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def moments(optimizer: optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimizer remembers, by number of the parameter and name."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{number}/{name}": value.detach().to("cpu", copy=True).contiguous()
-        for number, values in state.items()
-        for name, value in values.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def load_moments(optimizer: optim.Optimizer, values: Mapping[str, Tensor]) -> None:
-    """Give an optimizer what `moments` returned."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in values.items():
-        number, _, name = key.partition("/")
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 @contextlib.contextmanager
@@ -101,16 +86,17 @@ def finishing_steps() -> Iterator[threading.Event]:
         What is set by Ctrl-C.
     """
     interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield interrupted
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
         interrupted.set()
-        signal.signal(signal.SIGINT, earlier)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    earlier = signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGINT, handle)
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        signal.signal(signal.SIGINT, signal.default_int_handler)

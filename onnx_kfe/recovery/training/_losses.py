@@ -41,7 +41,9 @@ class Objective:
         """
         loss = torch.zeros((), device=next(iter(student.values())).device)
         if teacher is not None and self.label_share < 1:
-            parts = [distillation(head, student[head.name], teacher[head.name], self.temperature) for head in self.heads]
+            parts = [
+                distillation(head, student[head.name], teacher[head.name], self.temperature) for head in self.heads
+            ]
             loss = loss + (1 - self.label_share) * sum(parts)
         if labels is not None and self.label_share > 0:
             head = next(head for head in self.heads if head.kind == "categorical")

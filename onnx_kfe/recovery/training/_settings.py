@@ -1,4 +1,4 @@
-"""How a model is trained: everything besides the models and the data that the result depends on."""
+"""How a model is trained, everything besides models and data that the result depends on; and how that went."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from onnx_kfe.errors import UsageError
 from onnx_kfe.recovery.training._schedule import SCHEDULES
 
-__all__ = ["LEARNING_RATES", "Settings"]
+__all__ = ["OPTIMIZERS", "Epoch", "Settings", "learning_rate_of"]
 
-LEARNING_RATES = {"sgd": 0.02, "adamw": 5e-4}
-"""By optimizer: the peak of the learning rate where none is given."""
+OPTIMIZERS = {"sgd": 0.02, "adamw": 5e-4}
+"""The peak of the learning rate where none is given, by optimizer."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Settings:
         epochs: Passes over the data.
         batch: Samples of a step, over all processes together.
         learning_rate: Its peak.
-        optimizer: A key of `LEARNING_RATES`.
+        optimizer: A key of `OPTIMIZERS`.
         schedule: A key of `SCHEDULES`.
         temperature: By which logits are divided before teacher and student are compared.
         label_share: Share of the cross-entropy on labels in the loss; the rest is distillation.
@@ -45,7 +45,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for option, value, known in (
-            ("--optimizer", self.optimizer, LEARNING_RATES), ("--schedule", self.schedule, SCHEDULES)
+            ("--optimizer", self.optimizer, OPTIMIZERS), ("--schedule", self.schedule, SCHEDULES)
         ):  # fmt: skip
             if value not in known:
                 raise UsageError(f"{option} {value}: it can be {', '.join(known)}")
@@ -57,3 +57,25 @@ class Settings:
                 raise UsageError(f"{name} {number:g}: give a number above 0")
         if not 0 <= self.label_share <= 1:
             raise UsageError(f"--label-share {self.label_share:g}: give a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What came of an epoch; of number 0 before any.
+
+    Attributes:
+        number: How many epochs were done.
+        loss: Mean loss over its steps; None before training.
+        held_back: Loss of the averaged weights on held-back samples.
+        agreement: Share of decisions there that are the teacher's; None without a teacher or decisions.
+    """
+
+    number: int
+    loss: float | None
+    held_back: float
+    agreement: float | None
+
+
+def learning_rate_of(optimizer: str, given: float | None) -> float:
+    """The learning rate given, or else that of the optimizer."""
+    return OPTIMIZERS.get(optimizer, 1.0) if given is None else given
