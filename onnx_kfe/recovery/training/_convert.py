@@ -61,6 +61,8 @@ def convert(model: ir.Model) -> OnnxModule:
 def _check_operators(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         opset = model.opset_imports.get(node.domain, 1)
+        if node.domain == "" and node.op_type in OPERATORS:
+            continue
         if not onnx2fx.is_supported(node.op_type, node.domain, opset):
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             raise KfeError(f"operator {operator} (node '{node.name or node.op_type}') cannot be converted to torch")
@@ -87,9 +89,13 @@ def _translate(model: ir.Model) -> GraphModule:
     for node in model.graph.all_nodes():
         if node.op_type in OPERATORS and node.domain == "":
             node.domain = _DOMAIN
+            if not any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+                node.resize_outputs(1)  # masks of Dropout that nobody reads
     model.opset_imports[_DOMAIN] = 1
     try:
         with quiet():
             return onnx2fx.convert(ir.to_proto(model))
+    except KfeError:
+        raise
     except Exception as error:
         raise KfeError(f"the model cannot be converted to torch: {reason(error)}") from error
