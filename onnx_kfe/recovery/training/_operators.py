@@ -146,6 +146,12 @@ def clipped(x: Tensor, low: Tensor | float | None, high: Tensor | float | None) 
     return x if low is None and high is None else torch.clamp(x, low, high)
 
 
+@_handles("Swish")
+def _swish(builder: Any, node: onnx.NodeProto) -> Any:
+    arguments = _inputs(builder, node)[0], _attribute(node, "alpha", 1.0)
+    return builder.call_function(lambda x, alpha: x * torch.sigmoid(alpha * x), arguments)
+
+
 # What is computed of sizes lies beside the constants that it is computed with.
 
 
