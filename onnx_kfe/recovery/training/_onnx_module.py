@@ -90,7 +90,7 @@ def module_keys(names: Sequence[str]) -> list[str]:
 
 def _atom(part: str) -> str:
     """A part of a name as an attribute of a module."""
-    part = re.sub(r"[\"'\\\s{}]", "_", part) or "_"
+    part = re.sub(r'["\\\r\n]', "_", part) or "_"
     return f"{part}_" if part in _RESERVED or keyword.iskeyword(part) else part
 
 

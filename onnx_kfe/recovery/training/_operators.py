@@ -99,9 +99,9 @@ def transposed_convolution(
         taps = [(size - 1) * step + 1 for size, step in zip(weight.shape[2:], dilations, strict=True)]
         whole = [(n - 1) * s + t + e for n, s, t, e in zip(x.shape[2:], strides, taps, extra, strict=True)]
         cut = [size - wanted for size, wanted in zip(whole, output_shape[-rank:], strict=True)]
-        small = [max(size, 0) // 2 for size in cut]
-        large = [size - half for size, half in zip(cut, small, strict=True)]
-        begins, ends = (large, small) if auto_pad == "SAME_LOWER" else (small, large)
+        small, large = [max(size, 0) // 2 for size in cut], [(max(size, 0) + 1) // 2 for size in cut]
+        begins, ends = (small, large) if auto_pad == "SAME_UPPER" else (large, small)
+        ends = [end + min(size, 0) for end, size in zip(ends, cut, strict=True)]  # zeros, where more is wanted
     both = [max(min(sides), 0) for sides in zip(begins, ends, strict=True)]
     convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
     y = convolve(x, weight, bias, strides, both, extra, group, dilations)
@@ -129,6 +129,8 @@ def padded(x: Tensor, pads: Tensor | list[int], fill: Tensor | float | None, axe
     where = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes.tolist()]
     sides = {axis: (amounts[i], amounts[i + len(where)]) for i, axis in enumerate(where)}
     first = min((axis for axis, both in sides.items() if any(both)), default=x.dim() - 1)
+    if mode != "constant":
+        first = 2 if first > 1 and x.dim() > 2 else 1  # torch wants all spatial axes, or the channels too
     flat = [amount for axis in range(x.dim() - 1, first - 1, -1) for amount in sides.get(axis, (0, 0))]
     if mode == "constant":
         return F.pad(x, flat, value=0.0 if fill is None else float(fill))
