@@ -20,7 +20,7 @@ _DOMAIN = "onnx_kfe"  # of the nodes with handlers of our own, which leaves thos
 
 _SETTINGS: dict[str, tuple[int, ...]] = {
     "Expand": (1,),
-    "Pad": (1, 3),
+    "Pad": (1, 2, 3),
     "Reshape": (1,),
     "Resize": (1, 2, 3),
     "Slice": (1, 2, 3, 4),
