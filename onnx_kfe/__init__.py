@@ -16,8 +16,9 @@ from onnx_kfe import _blas  # noqa: F401 - before NumPy is loaded
 from onnx_kfe.calibration import ImageOptions, Statistics, merge
 from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.exporting import export
-from onnx_kfe.pipeline import benchmark, collect, evaluate, frontier, inspect, plan, prune
+from onnx_kfe.pipeline import benchmark, collect, evaluate, finetune, frontier, inspect, plan, prune
 from onnx_kfe.planning import Latency, Macs, Milliseconds, Params, Plan
+from onnx_kfe.recovery.training import to_torch, write_back
 from onnx_kfe.result import Result
 
 __all__ = [
@@ -36,9 +37,12 @@ __all__ = [
     "collect",
     "evaluate",
     "export",
+    "finetune",
     "frontier",
     "inspect",
     "merge",
     "plan",
     "prune",
+    "to_torch",
+    "write_back",
 ]

@@ -13,6 +13,7 @@ import typer
 
 from onnx_kfe import recovery
 from onnx_kfe._bandit_search import DEFAULT_EVALUATIONS
+from onnx_kfe._finetune import DEFAULT_BATCH, DEFAULT_EPOCHS
 from onnx_kfe._recipe import CURVATURES
 from onnx_kfe.calibration import ImageOptions, image_preset
 from onnx_kfe.errors import UsageError
@@ -21,6 +22,7 @@ from onnx_kfe.graph import Network, open_network
 from onnx_kfe.kfe import BASES
 from onnx_kfe.pipeline import DEFAULT_SAMPLES
 from onnx_kfe.planning import DEFAULT_ROUND_TO, METHODS, Budget, Latency, Macs, Milliseconds, Params
+from onnx_kfe.recovery.training import OPTIMIZERS, SCHEDULES
 
 __all__ = [
     "DEFAULT_MEMORY",
@@ -43,6 +45,7 @@ __all__ = [
     "Sampling",
     "Search",
     "Selection",
+    "Training",
     "flattened",
     "parse_bytes",
     "parse_shapes",
@@ -56,7 +59,7 @@ Labels = Annotated[Path | None, typer.Option("--labels", help="CSV of file,label
 _DATA_HELP = "Inputs: image folder, .npz, .npy, test_data_set folder, or package.module:function; repeatable."
 Data = Annotated[list[str] | None, typer.Option("--data", help=_DATA_HELP)]
 
-Memory = Annotated[str, typer.Option(help="Memory of the refit for activations, the rest goes to disk.")]
+Memory = Annotated[str, typer.Option(help="Memory for activations or samples, the rest goes to disk.")]
 DEFAULT_MEMORY = f"{recovery.DEFAULT_MEMORY >> 30}GB"
 
 Providers = Annotated[list[str] | None, typer.Option(help="Execution provider, CPU by default; repeatable.")]
@@ -74,6 +77,10 @@ _BASIS_HELP = f"What an importance is of: {', '.join(BASES)}; channels by defaul
 _CHANNELS_HELP = "Remove channels first, to this share of the MACs, then choose forms."
 _CURVATURE_HELP = f"{' or '.join(CURVATURES)}: ekfac measures variances in the eigenbases, in a second pass."
 Curvature = Annotated[str, typer.Option("--curvature", help=_CURVATURE_HELP)]
+_OPTIMIZER_HELP = f"One of {', '.join(OPTIMIZERS)}."
+_RATE_HELP = f"Peak of the learning rate: {', '.join(f'{rate:g} for {name}' for name, rate in OPTIMIZERS.items())}."
+_SHARE_HELP = "Share of the loss that is on labels: none with --teacher, else all."
+_AUGMENT_HELP = "Flip and shift at random; images by default."
 _PRESET_HELP = "Image preprocessing by name, e.g. imagenet, unit, raw."
 
 
@@ -225,6 +232,28 @@ class Recovery:
     def given(self) -> dict[str, Any]:
         """The keyword arguments of the API."""
         return {"refit": not self.no_refit, "memory": parse_bytes(self.memory)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a model is trained."""
+
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = DEFAULT_EPOCHS
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = DEFAULT_BATCH
+    optimizer: Annotated[str, typer.Option(help=_OPTIMIZER_HELP)] = "sgd"
+    learning_rate: Annotated[float | None, typer.Option(help=_RATE_HELP)] = None
+    schedule: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULES)}.")] = "one-cycle"
+    temperature: Annotated[float, typer.Option(help="Softens what is learnt from the teacher.")] = 2.0
+    label_share: Annotated[float | None, typer.Option("--label-share", help=_SHARE_HELP)] = None
+    augment: Annotated[bool | None, typer.Option("--augment/--no-augment", help=_AUGMENT_HELP)] = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed of order and augmentation.")] = 0
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; CUDA by default where there is some.")] = None
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; as torch takes by default.")] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments of the API."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from onnx_kfe._finetune import Tuned
 from onnx_kfe._floor import Floor, format_drop
 from onnx_kfe._frontier import Point
 from onnx_kfe.calibration import Statistics
@@ -31,6 +32,7 @@ __all__ = [
     "show_result",
     "show_statistics",
     "show_timings",
+    "show_tuned",
     "statistics_summary",
 ]
 
@@ -176,6 +178,21 @@ def show_quality(quality: Quality) -> None:
     _print_quality(quality, f"quality, {quality.samples} samples", ("reference", "model"))
 
 
+def show_tuned(tuned: Tuned) -> None:
+    """The table of `finetune`: quality before and after on the same samples."""
+    if tuned.before is None or tuned.after is None:
+        return
+    teacher = bool(tuned.after.heads)
+    titles = (*(["teacher"] if teacher else []), "before", "after")
+    table = _table(f"quality, {tuned.measured_on}", *(f">{title}" for title in titles), "95 % interval")
+    for (name, original, before, _), (_, _, after, interval) in zip(
+        _quality_rows(tuned.before), _quality_rows(tuned.after), strict=True
+    ):
+        table.add_row(name, *((original,) if teacher else ()), before, after, interval)
+    print_renderable(table)
+    print_line(f"weights of epoch {tuned.best} of {len(tuned.history) - 1}")
+
+
 def show_timings(timings: Sequence[Timing]) -> None:
     """The tables of `benchmark`, one for each batch size and number of threads; speed relative to the first model."""
     for (batch, threads), group in itertools.groupby(timings, lambda timing: (timing.batch, timing.threads)):
@@ -215,12 +232,17 @@ def _print_quality(quality: Quality, title: str, columns: Sequence[str], predict
     """One row a measure; the columns are the reference, left out where it would be empty, and the model."""
     columns = columns if quality.reference_accuracy is not None else columns[1:]
     table = _table(title, *(f">{column}" for column in columns), "95 % interval")
-    rows = [*_accuracy_rows(quality), *(row for head in quality.heads for row in _head_rows(head, len(quality.heads)))]
+    rows = _quality_rows(quality)
     if predicted is not None:
         rows.append(("predicted loss, nats", "", f"{predicted:.3g}", ""))
     for name, before, after, interval in rows:
         table.add_row(name, *(before, after)[-len(columns) :], interval)
     print_renderable(table)
+
+
+def _quality_rows(quality: Quality) -> list[tuple[str, str, str, str]]:
+    """Title, reference, model and the interval of the model."""
+    return [*_accuracy_rows(quality), *(row for head in quality.heads for row in _head_rows(head, len(quality.heads)))]
 
 
 def _accuracy_rows(quality: Quality) -> Iterator[tuple[str, str, str, str]]:

@@ -279,6 +279,55 @@ def refit(
 
 
 @command
+def finetune(
+    *,
+    model: options.Model,
+    teacher: Annotated[Path | None, typer.Option("--teacher", help="The original, to learn from.")] = None,
+    data: options.Data = None,
+    output: options.Output,
+    evaluation: Annotated[
+        list[str] | None, typer.Option("--evaluation", help="Data to choose the best weights on; a tenth by default.")
+    ] = None,
+    max_samples: Annotated[
+        int | None, typer.Option("--max-samples", min=2, help="At most this many; all by default.")
+    ] = None,
+    training: options.Training,
+    memory: options.Memory = options.DEFAULT_MEMORY,
+    labels: options.Labels = None,
+    heads: options.Heads,
+    images: options.Images,
+    json: options.Json = False,
+) -> None:
+    """Train all weights to give what --teacher gives, or what labels say (extra: train).
+
+    Interrupted, it goes on where it was. Under torchrun several processes train one model.
+    """
+    check_output(output, model, *(path for path in (teacher,) if path is not None))
+    tuned = kfe.finetune(
+        model,
+        _required(data),
+        teacher=teacher,
+        evaluation_data=evaluation or None,
+        images=images.given,
+        labels=labels,
+        heads=heads.given,
+        max_samples=max_samples,
+        memory=options.parse_bytes(memory),
+        checkpoint=output.with_name(f"{output.name}.finetune"),
+        progress=console.ShownProgress(),
+        **training.given,
+    )
+    tuned.save(output)
+    if not tuned.writes:
+        return
+    if json:
+        console.print_json({**tuned.report, "output": str(output)})
+    else:
+        _tables.show_tuned(tuned)
+        console.print_line(f"written: {output}")
+
+
+@command
 def evaluate(
     *,
     model: options.Model,

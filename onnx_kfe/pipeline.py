@@ -10,6 +10,7 @@ from typing import cast
 import onnx_ir as ir
 
 from onnx_kfe import _prune
+from onnx_kfe._finetune import finetune
 from onnx_kfe._floor import check_floor
 from onnx_kfe._frontier import Point, sweep
 from onnx_kfe._latency_goal import Stadium
@@ -40,6 +41,7 @@ __all__ = [
     "benchmark",
     "collect",
     "evaluate",
+    "finetune",
     "frontier",
     "inspect",
     "plan",

@@ -56,6 +56,7 @@ def create_session(
     optimize: bool = True,
     profile: Path | None = None,
     shared_threads: bool = False,
+    spin: bool = True,
 ) -> ort.InferenceSession:
     """Create an inference session.
 
@@ -66,6 +67,7 @@ def create_session(
         optimize: Whether ONNX Runtime may fuse and relayout the graph.
         profile: Path and beginning of the name of the file to which ``end_profiling`` writes what each node took.
         shared_threads: Whether the session takes the threads of `share_threads` instead of some of its own.
+        spin: Whether threads wait for the next run in a loop, in the way of whatever else computes in between.
 
     Raises:
         UsageError: A provider is not available here.
@@ -84,6 +86,8 @@ def create_session(
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if shared_threads:
         options.use_per_session_threads = False
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     source = str(model) if isinstance(model, Path) else model

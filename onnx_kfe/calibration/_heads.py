@@ -139,7 +139,9 @@ def _head(value: ir.Value, kind: str | None) -> Head:
     rank = len(value.shape) if value.shape is not None else 2
     if activation is not None and activation.op_type in ("Softmax", "LogSoftmax") and kind in (None, "categorical"):
         axis = activation.attributes.get_int("axis", -1)
-        return Head(name, "categorical", activation.inputs[0].name or "", axis)  # type: ignore[union-attr]
+        # Log-probabilities are logits themselves: the softmax of them is that of what they were made from.
+        source = name if activation.op_type == "LogSoftmax" else activation.inputs[0].name or ""  # type: ignore[union-attr]
+        return Head(name, "categorical", source, axis)
     if activation is not None and activation.op_type == "Sigmoid" and kind in (None, "bernoulli"):
         return Head(name, "bernoulli", activation.inputs[0].name or "")  # type: ignore[union-attr]
     if kind is None:

@@ -2,7 +2,7 @@
 
 from onnx_kfe.evaluation._benchmark import Timing, benchmark, file_size
 from onnx_kfe.evaluation._drop import METRICS, RATES, Drop, default_metric, measured_drop
-from onnx_kfe.evaluation._fidelity import HeadQuality, HeadSpec, Rate
+from onnx_kfe.evaluation._fidelity import Comparison, HeadQuality, HeadSpec, Rate, compare
 from onnx_kfe.evaluation._quality import Accuracy, Batch, Quality, evaluate
 from onnx_kfe.evaluation._race import race
 
@@ -11,6 +11,7 @@ __all__ = [
     "RATES",
     "Accuracy",
     "Batch",
+    "Comparison",
     "Drop",
     "HeadQuality",
     "HeadSpec",
@@ -18,6 +19,7 @@ __all__ = [
     "Rate",
     "Timing",
     "benchmark",
+    "compare",
     "default_metric",
     "evaluate",
     "file_size",

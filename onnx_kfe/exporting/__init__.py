@@ -2,5 +2,15 @@
 
 from onnx_kfe.exporting._export import export, export_factory
 from onnx_kfe.exporting._factory import ModuleInput, parse_dynamic, parse_input_shape
+from onnx_kfe.exporting._torch import import_torch, quiet, reason
 
-__all__ = ["ModuleInput", "export", "export_factory", "parse_dynamic", "parse_input_shape"]
+__all__ = [
+    "ModuleInput",
+    "export",
+    "export_factory",
+    "import_torch",
+    "parse_dynamic",
+    "parse_input_shape",
+    "quiet",
+    "reason",
+]
