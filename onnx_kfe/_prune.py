@@ -145,7 +145,7 @@ class Pruning:
         assert self.statistics is not None
         stadium = Stadium(self.network, self.machine) if issubclass(kind, Latency) else None
         planner = make_planner(
-            self.network, self.statistics, self.recipe.method, round_to, stadium, self.progress
+            self.network, self.statistics, self.recipe.method, kind, round_to, stadium, self.progress
         )  # fmt: skip
         quiet = StagesOnly(self.progress)
         chosen, (model, losses), floor = judge.smallest(

@@ -20,6 +20,7 @@ from onnx_kfe.planning import (
     Latency,
     Macs,
     Method,
+    Params,
     Plan,
     Planner,
     find_method,
@@ -30,7 +31,6 @@ from onnx_kfe.rewrite import narrow
 __all__ = ["CURVATURES", "Planned", "Recipe", "make_plan", "make_planner"]
 
 CURVATURES = ("kfac", "ekfac")
-_CHANNEL_IMPORTANCE = "kron-obs"
 _USE_VARIANCES = ("eigendamage", "eigendamage-depthwise", "c-obd")
 
 
@@ -65,10 +65,10 @@ class Recipe:
             UsageError: They do not go together.
         """
         if channels is not None and method in (None, "forms"):
-            method = _CHANNEL_IMPORTANCE
+            method = "channels"
         chosen = find_method(basis=basis) if method is None else find_method(method, basis)
         if channels is not None and chosen.basis != "channel":
-            raise UsageError(f"--channels: channels go by {', '.join(IMPORTANCES)}, not by --method {chosen.name}")
+            raise UsageError(f"--channels: they go by channels or {', '.join(IMPORTANCES)}, not by {chosen.name}")
         if rounds > 1 and (chosen.basis is None or channels is not None):
             raise UsageError("--iterations: forms are chosen at once; it goes with other methods, without --channels")
         if curvature not in CURVATURES:
@@ -119,9 +119,9 @@ def make_plan(
     """
     if recipe.channels is None:
         return _planned(network, statistics, budgets, machine, progress, round_to, recipe.method)
-    channels = ChannelPlanner(network, statistics, recipe.method.name, round_to=round_to or DEFAULT_ROUND_TO)
+    planner = make_planner(network, statistics, recipe.method, Macs, round_to, None, progress)
     with progress.stage("planning channels"):
-        first = channels.plan(Macs(recipe.channels))
+        first = planner.plan(Macs(recipe.channels))
         narrowed = narrow(network, first, statistics)
     found = _planned(narrowed.network, narrowed.statistics, budgets, machine, progress, round_to, Method())
     choices = {
@@ -143,7 +143,8 @@ def _planned(
     method: Method,
 ) -> Planned:
     stadium = Stadium(network, machine) if any(isinstance(budget, Latency) for budget in budgets) else None
-    planner = make_planner(network, statistics, method, round_to, stadium, progress)
+    kind = type(budgets[0]) if budgets else Macs
+    planner = make_planner(network, statistics, method, kind, round_to, stadium, progress)
     if stadium is not None:
         plan, laps = meet(network, planner, budgets, stadium, progress)
         return Planned(plan, laps, planner)
@@ -157,11 +158,12 @@ def make_planner(
     network: Network,
     statistics: Statistics | None,
     method: Method,
+    kind: type[Budget],
     round_to: int | None,
     stadium: Stadium | None,
     progress: Progress,
 ) -> AnyPlanner:
-    """What makes the plans of a method; with measured latencies where there is a stadium."""
+    """What makes the plans of a method for budgets of a kind; with measured latencies where there is a stadium."""
     if method.basis is None:
         latency = None if stadium is None else stadium.measure(round_to, progress)
         with progress.stage("planning"):
@@ -169,8 +171,11 @@ def make_planner(
     nanoseconds = 0 if stadium is None else stadium.nanoseconds()
     with progress.stage("planning"):
         if method.form is None:
-            grid = round_to or DEFAULT_ROUND_TO
-            return ChannelPlanner(network, statistics, method.name, round_to=grid, nanoseconds=nanoseconds)
+            spares = None if not method.weighs_costs else Params if kind is Params else Macs
+            return ChannelPlanner(
+                network, statistics, method.importance, spares=spares, round_to=round_to or DEFAULT_ROUND_TO,
+                nanoseconds=nanoseconds,
+            )  # fmt: skip
         if statistics is None:
             raise KfeError(f"--method {method.name} needs statistics: give --data or --stats")
         return DirectionPlanner(network, statistics, method.form, round_to=round_to, nanoseconds=nanoseconds)

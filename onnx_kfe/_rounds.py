@@ -136,7 +136,7 @@ def _planned(
     progress: Progress,
 ) -> tuple[Plan, list[Lap]]:
     stadium = Stadium(network, machine) if any(isinstance(budget, Latency) for budget in budgets) else None
-    planner = make_planner(network, statistics, recipe.method, round_to, stadium, progress)
+    planner = make_planner(network, statistics, recipe.method, type(budgets[0]), round_to, stadium, progress)
     return (planner.plan(*budgets), []) if stadium is None else meet(network, planner, budgets, stadium, progress)
 
 

@@ -12,6 +12,7 @@ from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import ChannelGroup, LayerCut, Network, find_groups
 from onnx_kfe.kfe import IMPORTANCES, Array, Scores, compensate
 from onnx_kfe.planning._allocation import DENSE, Candidate
+from onnx_kfe.planning._budget import Budget
 from onnx_kfe.planning._chain import Cost, dense_cost
 from onnx_kfe.planning._plan import Plan, network_cost
 from onnx_kfe.planning._problem import LayerProblem
@@ -70,6 +71,8 @@ class ChannelPlanner(ThresholdPlanner):
         network: The model.
         statistics: Collected on this very model; None where the importance looks at the weights alone.
         importance: Key of `IMPORTANCES`.
+        spares: What the importance is divided by, for each unit what goes with it: the budget of that resource then
+            costs least. None for the importance alone, as published methods have it.
         round_to: Grid of the numbers of channels that are kept; any number when None.
         nanoseconds: Latency of a run of the original, where there is a budget of latency.
 
@@ -84,6 +87,7 @@ class ChannelPlanner(ThresholdPlanner):
         statistics: Statistics | None,
         importance: str,
         *,
+        spares: type[Budget] | None = None,
         round_to: int | None = None,
         nanoseconds: int = 0,
     ) -> None:
@@ -102,7 +106,7 @@ class ChannelPlanner(ThresholdPlanner):
             if group.reason is not None or found is None:
                 self._skipped[f"channels of {group.name}"] = group.reason or self._unseen(group)
             else:
-                scores[group.name] = found
+                scores[group.name] = found / self._spared(group, spares)
         original = network_cost(network.whole or network)
         super().__init__(scores, original, network_cost(network), round_to, nanoseconds)
 
@@ -144,6 +148,18 @@ class ChannelPlanner(ThresholdPlanner):
                 problem = LayerProblem(layer, seen.get(layer.name))
                 by_group = [self._importance(part) for part in problem.coordinates("channel")]
                 yield layer.name, Scores(*(np.concatenate(parts) for parts in zip(*by_group, strict=True)))
+
+    def _spared(self, group: ChannelGroup, kind: type[Budget] | None) -> Array:
+        """What goes with each unit alone, in the resource of a budget; 1 without one."""
+        if kind is None:
+            return np.ones(group.size)
+        total = np.zeros(group.size)
+        for member in group.members:
+            geometry = self._layers[member.layer].geometry
+            own = member.units >= 0
+            share = 0.0 if geometry is None else kind(1).of(dense_cost(geometry)) / len(own)
+            total += share * np.bincount(member.units[own], minlength=group.size)
+        return np.maximum(total, 1.0)
 
     def _unseen(self, group: ChannelGroup) -> str:
         """Why there is no importance of a group."""

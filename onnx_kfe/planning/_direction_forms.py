@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from onnx_kfe.graph import Geometry
 from onnx_kfe.kfe import IMPORTANCES, Array, Scores, compensate, separable, whiten
@@ -13,7 +14,7 @@ from onnx_kfe.planning._chain import Link, Stage, chain_cost
 from onnx_kfe.planning._form import Form, all_axes
 from onnx_kfe.planning._problem import LayerProblem
 
-__all__ = ["DIRECTION_FORMS", "DirectionChain", "Directions", "bottleneck"]
+__all__ = ["DIRECTION_FORMS", "DirectionChain", "Directions", "best", "bottleneck"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class DirectionChain(Form):
         importance = IMPORTANCES[self.importance]
         inside, outside = ranks
         scores = importance(coordinates)
-        rows, columns = (_largest(s, count) for s, count in zip(scores, (outside, inside), strict=True))
+        rows, columns = (best(s, count) for s, count in zip(scores, (outside, inside), strict=True))
         weight = coordinates.weight
         if importance.compensates:
             core = compensate(weight, coordinates.input_factor, coordinates.output_factor, rows, columns)
@@ -142,11 +143,11 @@ def _links(geometry: Geometry, ranks: Sequence[int]) -> list[Link]:
     return [Link(geometry.in_channels, inside), core, Link(outside, geometry.out_channels)]
 
 
-def _largest(scores: Array, count: int) -> np.ndarray:
-    """Where the largest scores are, of equal ones the first."""
-    kept = np.zeros(len(scores), np.bool_)
-    kept[np.argsort(-scores, kind="stable")[:count]] = True
-    return kept
+def best(scores: Array, count: int) -> npt.NDArray[np.bool_]:
+    """Where the highest scores are, of equal ones the first."""
+    mask = np.zeros(len(scores), np.bool_)
+    mask[np.argsort(-scores, kind="stable")[:count]] = True
+    return mask
 
 
 DIRECTION_FORMS: dict[str, DirectionChain] = {

@@ -11,10 +11,12 @@ from onnx_kfe.planning._direction_forms import DIRECTION_FORMS, DirectionChain
 __all__ = ["METHODS", "Method", "find_method"]
 
 _FORMS = "forms"
+_CHANNELS = "channels"
 _PUBLISHED = ("eigendamage", "eigendamage-depthwise")
 
-METHODS = (_FORMS, *_PUBLISHED, *IMPORTANCES)
-"""Names: forms and ranks by integer programming, EigenDamage as published, or any importance in either basis."""
+METHODS = (_FORMS, _CHANNELS, *_PUBLISHED, *IMPORTANCES)
+"""Names: forms and ranks by integer programming; channels by `kron-obs` over what they cost, which measures best;
+EigenDamage as published; and any importance alone, in either basis."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,16 @@ class Method:
 
     name: str = _FORMS
     basis: str | None = None
+
+    @property
+    def importance(self) -> str:
+        """Key of `IMPORTANCES`, of a method that prunes channels."""
+        return "kron-obs" if self.name == _CHANNELS else self.name
+
+    @property
+    def weighs_costs(self) -> bool:
+        """Whether importances count by what is spared."""
+        return self.name == _CHANNELS
 
     @property
     def form(self) -> DirectionChain | None:
@@ -50,7 +62,7 @@ def find_method(name: str = _FORMS, basis: str | None = None) -> Method:
     if name not in IMPORTANCES:
         if basis is not None:
             raise UsageError(f"--basis {basis}: it goes with --method {', '.join(IMPORTANCES)}, not with {name}")
-        return Method(name, None if name == _FORMS else "kfe")
+        return Method(name, {_FORMS: None, _CHANNELS: "channel"}.get(name, "kfe"))
     basis = basis or "channel"
     if basis not in IMPORTANCES[name].bases:
         raise UsageError(f"--basis {basis}: {name} is defined in {', '.join(IMPORTANCES[name].bases)} only")

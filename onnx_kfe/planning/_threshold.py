@@ -14,6 +14,7 @@ from onnx_kfe.errors import BudgetError, UsageError
 from onnx_kfe.kfe import Array
 from onnx_kfe.planning._budget import Budget, describe
 from onnx_kfe.planning._chain import Cost
+from onnx_kfe.planning._direction_forms import best
 from onnx_kfe.planning._form import rank_grid
 from onnx_kfe.planning._plan import Plan
 
@@ -37,11 +38,12 @@ def keep_above(scores: Mapping[str, Array], threshold: float, round_to: int | No
     masks = {}
     for name, side in scores.items():
         count = max(int((side > threshold).sum()), math.ceil((1 - _MOST_DROPPED) * len(side) - 1e-9), 1)
-        if round_to is not None:
-            count = next((size for size in rank_grid(len(side), round_to) if size >= count), len(side))
-        masks[name] = np.zeros(len(side), np.bool_)
-        masks[name][np.argsort(-side, kind="stable")[:count]] = True
+        masks[name] = best(side, count if round_to is None else _rounded_up(count, len(side), round_to))
     return masks
+
+
+def _rounded_up(count: int, limit: int, round_to: int) -> int:
+    return next((size for size in rank_grid(limit, round_to) if size >= count), limit)
 
 
 class ThresholdPlanner(ABC):
@@ -94,7 +96,8 @@ class ThresholdPlanner(ABC):
             original = self._timed(self._original)
             possible = describe([b.meeting(b.of(least), b.of(original)) for b in budgets])
             raise BudgetError(f"{describe(budgets)} cannot be met: the smallest this model can become is {possible}")
-        return self.written(self._at(place), describe(budgets))
+        masks = self._at(place)
+        return self.written(masks if self._round_to is None else self._filled(masks, budgets), describe(budgets))
 
     def fraction(self, plan: Plan, kind: type[Budget]) -> float:
         """Size of a plan's model as a fraction of the original's."""
@@ -117,6 +120,21 @@ class ThresholdPlanner(ABC):
 
     def _at(self, place: int) -> Masks:
         return keep_above(self._scores, self._thresholds[place], self._round_to)
+
+    def _filled(self, masks: Masks, budgets: Sequence[Budget]) -> Masks:
+        """What a step of the grid drops beyond need is kept: the most important that fits, again and again."""
+        assert self._round_to is not None
+        sides = set(masks)
+        while sides:
+            dropped = {name: self._scores[name][~masks[name]].max(initial=-np.inf) for name in sides}
+            name = max(sorted(dropped), key=dropped.__getitem__)
+            count, limit = int(masks[name].sum()), len(masks[name])
+            more = {**masks, name: best(self._scores[name], _rounded_up(count + 1, limit, self._round_to))}
+            if count < limit and self._meets(more, budgets):
+                masks = more
+            else:
+                sides.discard(name)
+        return masks
 
     def _meets(self, masks: Masks, budgets: Sequence[Budget]) -> bool:
         cost, original = self._timed(self.cost(masks)), self._timed(self._original)
