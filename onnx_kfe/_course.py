@@ -55,9 +55,7 @@ class Course:
     progress: Progress
     parts: int = field(default=0)
 
-    def train(
-        self, model: ir.Model, epochs: int, make_hook: Callable[[OnnxModule], Hook] | None = None
-    ) -> ir.Model:
+    def train(self, model: ir.Model, epochs: int, make_hook: Callable[[OnnxModule], Hook] | None = None) -> ir.Model:
         """A model with trained weights.
 
         Args:

@@ -22,7 +22,8 @@ class Incremental(Ranked):
         """Units that have not gone are shown as they are."""
         return np.where(self.gone[place], 0.0, 1.0)
 
-    def change_gradients(self) -> None:
-        """Add those of the regularisation."""
+    def after_backward(self, step: int, steps: int) -> None:
+        """Add the gradients of the regularisation; see `Hook`."""
+        super().after_backward(step, steps)
         for units, levels, gone in zip(self.units, self.levels, self.gone, strict=True):
             units.decay(np.where(gone, 0.0, levels))

@@ -1,4 +1,4 @@
-"""Pruning in rounds with training in between (iterative pruning, Wang et al. 2019): what training changed is taken over.
+"""Pruning in rounds with training in between (iterative pruning, Wang et al. 2019): taking over what was learnt.
 
 The rounds collect statistics on the model as it is, prune a part and fold the new rotations into the old ones; see
 ``onnx-kfe prune --iterations``.

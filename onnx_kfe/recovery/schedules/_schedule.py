@@ -23,7 +23,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Schedule(ABC):
-    """Decides while a model is trained which units of each group go, and has exactly the planned number gone in the end.
+    """Decides while a model is trained which units of each group go; in the end exactly the planned number has gone.
 
     The optimizer steps *hidden* weights. What the model computes with, and its gradients are taken at, are *shown*
     weights: the hidden ones times a factor for each unit (`factors`). A `Hook` of the trainer.
@@ -62,9 +62,6 @@ class Schedule(ABC):
     def order(self, place: int) -> Numbers:
         """Numbers ``[size]`` by which the units that are left at the end go, the smallest first."""
 
-    def change_gradients(self) -> None:
-        """Change the gradients of the hidden weights; they are left as they are by default."""
-
     def show(self, units: Units, factors: Numbers) -> None:
         """Turn hidden weights of a group into shown ones: a unit of factor 0 goes with all that belongs to it."""
         units.scale(factors)
@@ -73,7 +70,6 @@ class Schedule(ABC):
     def after_backward(self, step: int, steps: int) -> None:
         """Have the optimizer step the hidden weights; see `Hook`."""
         self._restore()
-        self.change_gradients()
 
     def after_step(self, step: int, steps: int) -> None:
         """Decide, and show what is left; see `Hook`."""
@@ -85,10 +81,9 @@ class Schedule(ABC):
     def finish(self) -> None:
         """Let go of the units that are still to go, and leave of each only zeros."""
         self._restore()
-        for place, units in enumerate(self.units):
-            left = self.to_go(place)
-            order = np.where(self.gone[place], np.inf, self.order(place))
-            self.gone[place][np.argsort(order, kind="stable")[:left]] = True
+        for place, gone in enumerate(self.gone):
+            order = np.where(gone, np.inf, self.order(place))
+            gone[np.argsort(order, kind="stable")[: self.to_go(place)]] = True
         for place, units in enumerate(self.units):
             units.scale(self.final(place))
         for gone, units in zip(self.gone, self.units, strict=True):

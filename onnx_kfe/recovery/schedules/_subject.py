@@ -81,7 +81,9 @@ def of_directions(network: Network, statistics: Statistics, plan: Plan, form: Di
         form: What the plan was made for.
     """
     layers = {layer.name: layer for layer in network.layers}
-    chains, targets, cores = {}, {}, set()
+    chains: dict[str, Chain] = {}
+    targets: dict[str, int] = {}
+    cores = set()
     for name, choice in plan.changed.items():
         problem = LayerProblem(layers[name], statistics.layers[name])
         stages = bottleneck(_full_rank(problem, form), problem.geometry)
