@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from onnx_kfe._latency_goal import Lap, Stadium, meet
 from onnx_kfe._measure import Machine
 from onnx_kfe.calibration import Statistics
-from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.errors import UsageError
 from onnx_kfe.graph import Network
 from onnx_kfe.kfe import IMPORTANCES
 from onnx_kfe.planning import (
@@ -33,6 +33,12 @@ __all__ = ["CURVATURES", "Planned", "Recipe", "make_plan", "make_planner"]
 
 CURVATURES = ("kfac", "ekfac")
 _USE_VARIANCES = ("eigendamage", "eigendamage-depthwise", "c-obd")
+
+
+class _Channels(Macs):
+    """Share of the MACs until which channels go."""
+
+    option = "--channels"
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,10 @@ class Recipe:
         chosen = find_method(basis=basis) if method is None else find_method(method, basis)
         if channels is not None and chosen.basis != "channel":
             raise UsageError(f"--channels: they go by channels or {', '.join(IMPORTANCES)}, not by {chosen.name}")
+        if channels is not None:
+            _Channels(channels)
+        if rounds < 1:
+            raise UsageError(f"--iterations {rounds}: give 1 or more")
         if rounds > 1 and (chosen.basis is None or channels is not None):
             raise UsageError("--iterations: forms are chosen at once; it goes with other methods, without --channels")
         if curvature not in CURVATURES:
@@ -138,13 +148,13 @@ def make_plan(
 
     Raises:
         BudgetError: The budgets cannot be met.
-        KfeError: The recipe needs statistics, and there are none.
+        UsageError: The recipe needs statistics, and there are none.
     """
     if recipe.channels is None:
         return _planned(network, statistics, budgets, machine, progress, round_to, recipe.method)
     planner = make_planner(network, statistics, recipe.method, Macs, round_to, None, progress)
     with progress.stage("planning channels"):
-        first = planner.plan(Macs(recipe.channels))
+        first = planner.plan(_Channels(recipe.channels))
         narrowed = narrow(network, first, statistics)
     found = _planned(narrowed.network, narrowed.statistics, budgets, machine, progress, round_to, Method())
     choices = {
@@ -200,5 +210,5 @@ def make_planner(
                 nanoseconds=nanoseconds,
             )  # fmt: skip
         if statistics is None:
-            raise KfeError(f"--method {method.name} needs statistics: give --data or --stats")
+            raise UsageError(f"--method {method.name} needs statistics: give --data or --stats")
         return DirectionPlanner(network, statistics, method.form, round_to=round_to, nanoseconds=nanoseconds)

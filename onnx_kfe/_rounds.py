@@ -26,9 +26,9 @@ from onnx_kfe.planning import (
     Milliseconds,
     Plan,
     Stage,
-    bottleneck,
     compose,
     network_cost,
+    three_factors,
 )
 from onnx_kfe.progress import Progress
 from onnx_kfe.recovery.schedules import learnt_directions, with_weights
@@ -176,9 +176,8 @@ def _direction_rounds(
             inner = state.network(plan, statistics)
             seen = collect(inner)
             cores = state.cores(inner, seen)
-            if train is not None:  # of layers that have no chain yet, whose weights are others now
-                anew = {name: seen.layers[name] for name in statistics.layers if name in seen.layers}
-                statistics = replace(statistics, layers={**statistics.layers, **anew})
+            dense = {name: seen.layers.get(name, before) for name, before in statistics.layers.items()}
+            statistics = replace(statistics, layers=dense)
         settled = {name: choice for name, choice in plan.changed.items() if name not in cores}
         stadium = Stadium(network, machine) if any(isinstance(budget, Latency) for budget in budgets) else None
         planner = DirectionPlanner(
@@ -211,7 +210,7 @@ class _Bottlenecks:
                 continue
             problem = planner.problems[name]
             new = self._form.directions(problem, choice.ranks)
-            approximation = compose(bottleneck(new, problem.geometry))
+            approximation = compose(three_factors(new, problem.geometry))
             bias = problem.bias(approximation if self._form.moves_bias else problem.weight)
             if name in self._kept:
                 before = self._kept[name]
@@ -223,7 +222,7 @@ class _Bottlenecks:
 
     def learn(self, train: Train) -> Network:
         """Train the chains and all else; gives the network with what layers beside the chains learnt."""
-        chains = {name: self._chain(name, bottleneck) for name in self._kept}
+        chains = {name: self._chain(name, three_factors) for name in self._kept}
         model = train(FactorizePass(chains)(self._network.model.clone()).model)
         self._network = with_weights(self._network, model)
         self._layers = {layer.name: layer for layer in self._network.layers}
@@ -233,7 +232,7 @@ class _Bottlenecks:
 
     def network(self, plan: Plan, statistics: Statistics) -> Network:
         """The network of the chains so far, opened anew at the same shapes."""
-        chains = {name: self._chain(name, bottleneck) for name in self._kept}
+        chains = {name: self._chain(name, three_factors) for name in self._kept}
         model = write_chains(self._network, plan, statistics, chains)
         return open_network(model, input_shapes=self._network.input_shapes)
 
@@ -243,8 +242,7 @@ class _Bottlenecks:
         found = {}
         for name in self._kept:
             core = f"{name}/{self._form.name}_1"
-            geometry = self._layers[name].geometry
-            if geometry is not None and geometry.taps > 1 and core in statistics.layers:
+            if core in statistics.layers:
                 found[name] = LayerProblem(layers[core], statistics.layers[core])
         return found
 

@@ -377,6 +377,98 @@ def test_floors(fails: Fails) -> None:
     assert re.search(r"the best found is \d+\.\d% of the MACs, predicted loss .*, kl drop ", error)
 
 
+METHODS = {
+    "unknown": (("--method", "magic"), "--method magic: it can be forms, eigendamage"),
+    "basis": (("--method", "c-obd", "--basis", "fourier"), "--basis fourier: it can be channel, kfe"),
+    "basis of forms": (("--basis", "kfe"), "--basis kfe: it goes with --method magnitude-l1"),
+    "taylor in the kfe": (("--method", "taylor", "--basis", "kfe"), "--basis kfe: taylor is defined in channel only"),
+    "channels": (("--channels", "0"), "--channels 0.0: give a fraction of the original"),
+    "channels by directions": (("--channels", "0.5", "--method", "eigendamage"), "--channels: channels go by .*, not"),
+    "rounds": (("--iterations", "2"), "--iterations: forms are chosen at once; it goes with other methods"),
+    "rounds of both": (("--iterations", "2", "--channels", "0.5"), "--iterations: .*without --channels"),
+    "no round": (("--method", "kron-obs", "--iterations", "0"), "--iterations.*(range|greater)"),
+    "rounds of milliseconds": (
+        ("--method", "kron-obs", "--iterations", "2", "--latency-ms", "1"),
+        "--latency-ms cannot be divided over --iterations: give --latency",
+    ),
+    "curvature": (("--curvature", "exact"), "--curvature exact: it can be kfac, ekfac"),
+    "variances of nothing": (("--method", "kron-obs", "--curvature", "ekfac"), "--curvature ekfac: of the methods"),
+    "a plan": (("--plan", "plan.json", "--method", "taylor"), "--plan already says what to do: drop --method"),
+    "a plan and channels": (("--plan", "plan.json", "--channels", "0.5"), "--plan already says .*: drop .*--channels"),
+    "search": (("--search", "bandit", "--method", "taylor"), "--search refines the forms .*no .*other --method"),
+    "a floor and channels": (("--max-drop", "0.3", "--channels", "0.5"), "--max-drop .*: drop --channels and"),
+    "a floor and rounds": (
+        ("--max-drop", "0.3", "--method", "taylor", "--iterations", "2"), "--max-drop .*: drop .*--iterations",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", METHODS)
+def test_methods_that_do_not_go_with_other_options(fails: Fails, what: str) -> None:
+    options, message = METHODS[what]
+    fails(2, message, *prune("--data", "data.npz", *options))
+
+
+def test_methods_that_need_more_than_there_is(fails: Fails, folder: Path) -> None:
+    for method in ("kron-obs", "taylor", "eigendamage"):
+        fails(
+            2,
+            f"--method {method} needs statistics: give --data or --stats",
+            *prune("--method", method, "--macs", "0.5"),
+        )
+    fails(2, "needs statistics: give --data or --stats", *prune("--channels", "0.5", "--macs", "0.4"))
+    stats = ("--stats", "stats.safetensors")
+    fails(2, "--iterations collects .*: give --data", *prune(*stats, "--method", "kron-obs", "--iterations", "2"))
+    error = "the statistics have no variances in the eigenbases: collect with --curvature ekfac"
+    fails(1, error, *prune(*stats, "--method", "eigendamage", "--curvature", "ekfac"))
+    fails(
+        2, "--frontier sweeps plans of forms: drop --method", *PLAN, "--method", "taylor", "--frontier", "-o", "f.png"
+    )
+    fails(2, "give a budget: --macs, --params or --latency", *PLAN, "--method", "taylor", "-o", "p.json")
+
+
+PLAN = ("plan", "net.onnx", "--stats", "stats.safetensors")
+
+
+def test_of_each_group_the_best_channel_stays(fails: Fails) -> None:
+    for options in (("--method", "kron-obs"), ("--method", "magnitude-l1")):
+        error = fails(
+            3, r"--macs 0.01 cannot be met \(of each group the best", *PLAN, *options, "--macs", "0.01", "-o", "p"
+        )
+        assert 0.01 < float(error.rpartition(" ")[2]) < 0.5
+    error = fails(3, "--channels 0.01 cannot be met", *PLAN, "--channels", "0.01", "--macs", "0.01", "-o", "p.json")
+    assert re.search(r"the smallest this model can become is --channels 0\.\d+$", error)
+    error = fails(
+        3, "of each layer the best directions", *PLAN, "--method", "eigendamage", "--macs", "0.001", "-o", "p"
+    )
+    assert 0.001 < float(error.rpartition(" ")[2]) < 0.5
+
+
+def test_layers_that_no_gradient_reaches(fails: Fails, folder: Path) -> None:
+    nodes = [node("Conv", ["x", "w"], ["h"], "conv"), node("Det", ["h"], ["y"], "det")]
+    onnx.save(tiny(nodes, {"x": ["N", 3, 8, 8]}, {"y": ["N", 8]}, {"w": weights(8, 3, 1, 1)}), folder / "net.onnx")
+    for method in ("kron-obs", "taylor", "eigendamage"):
+        message = r"no layer can be collected \(conv: no gradient rule for Det \(node 'det'\)\)"
+        fails(1, message, *prune("--data", "data.npz", "--method", method))
+
+
+CHANNELS = {
+    "no group": ({"none": "0-3"}, "channels of 'none': no such group; see onnx-kfe inspect --groups"),
+    "beyond": ({"conv1": "0-16"}, "channels of 'conv1': 16 is not one of 0 to 15"),
+    "nothing": ({"conv1": ""}, "channels of 'conv1': '': write the channels kept as 0-3,7"),
+    "garbage": ({"conv1": "most"}, "channels of 'conv1': 'most': write the channels kept as 0-3,7"),
+    "an output": ({"fc": "0-3"}, "channel group 'fc' cannot be pruned: graph output 'logits'"),
+}
+
+
+@pytest.mark.parametrize("what", CHANNELS)
+def test_edited_channels_that_cannot_be(fails: Fails, folder: Path, what: str) -> None:
+    channels, message = CHANNELS[what]
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | {"channels": channels}))
+    fails(2, f"plan.json: {message}", *prune("--stats", "stats.safetensors", "--plan", "plan.json"))
+
+
 def test_options(fails: Fails) -> None:
     data = ("--data", "data.npz")
     fails(

@@ -17,11 +17,13 @@ from onnx_kfe import evaluation
 from onnx_kfe._options import Budgets, Heads, Images, Selection, parse_shapes, parse_shard
 from onnx_kfe.calibration import ImageOptions, Statistics
 from onnx_kfe.errors import UsageError
-from onnx_kfe.planning import Latency, Macs, Milliseconds, Params
+from onnx_kfe.graph import count_macs, load
+from onnx_kfe.planning import METHODS, Latency, Macs, Milliseconds, Params
 from onnx_kfe.planning._stopwatch import Refusal
 from tests.conftest import Outcome
-from tests.networks import CLASSES, classifier, samples
+from tests.networks import CHANNELS, CLASSES, classifier, samples
 from tests.planning.clocks import Clock, work
+from tests.tiny import run
 
 pytestmark = pytest.mark.usefixtures("quick_benchmark")
 Cli = Callable[..., Outcome]
@@ -316,6 +318,72 @@ def test_a_benchmark_that_is_to_show_a_speed_fails_where_it_does_not(cli: Cli, f
     outcome = cli("benchmark", "net.onnx", "--min-speedup", 2)
     assert outcome.code == 2
     assert "give two or more" in outcome.err
+
+
+METHOD = ("prune", "net.onnx", "--data", "data.npz", "--macs", 0.6, "--threads", 1, "-o", "small.onnx", "--json")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_prunes(cli: Cli, folder: Path, method: str) -> None:
+    report = from_json(cli(*METHOD, "--method", method, "--round-to", 2))
+    assert report["macs"]["after"] <= 0.6 * report["macs"]["before"]
+    assert report["budget"] == "--macs 0.6"
+    model = onnx.load(folder / "small.onnx")
+    assert count_macs(load(model)) == report["macs"]["after"]
+    assert run(model, {"x": samples(3)})["logits"].shape == (3, CLASSES)
+    forms = {layer["form"] for layer in report["layers"].values()} - {"dense"}
+    if method == "forms" or method.startswith("eigendamage"):
+        assert forms
+        assert method == "forms" or forms == {method.replace("-", "_")}
+    else:  # channels go, and nothing comes
+        assert not forms
+        shapes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+        widths = [shapes[made.input[1]][0] for made in model.graph.node if made.op_type == "Conv"]
+        assert len(widths) == len(CHANNELS)
+        assert sum(widths) < sum(CHANNELS)
+
+
+@pytest.mark.parametrize("more", [("--basis", "kfe"), ("--basis", "kfe", "--curvature", "ekfac"), ("--iterations", 2)])
+def test_methods_with_more(cli: Cli, folder: Path, more: tuple[object, ...]) -> None:
+    outcome = cli(*METHOD, "--method", "c-obd", *more, "--round-to", 2)
+    report = from_json(outcome)
+    assert report["macs"]["after"] <= 0.6 * report["macs"]["before"]
+    kfe = {layer["form"] for layer in report["layers"].values()} == {"dense", "kfe_c_obd"}
+    assert kfe == ("--basis" in more)
+    assert run(onnx.load(folder / "small.onnx"), {"x": samples(3)})["logits"].shape == (3, CLASSES)
+
+
+def test_a_plan_with_channels_is_carried_out_as_shown(cli: Cli, folder: Path) -> None:
+    done(cli("collect", "net.onnx", "--data", "data.npz", "-o", "stats"))
+    command = ("plan", "net.onnx", "--stats", "stats", "--method", "kron-obs", "--channels", 0.7, "--macs", 0.5)
+    shown = done(cli(*command, "-o", "plan.json"))
+    plan = json.loads((folder / "plan.json").read_text())
+    assert set(plan["channels"]) <= {"conv0", "conv1", "conv2"}
+    assert plan["compensates"] is True
+    for name, text in plan["channels"].items():
+        spans = [list(map(int, part.split("-"))) for part in text.split(",")]
+        assert f"channels of {name}: {sum(span[-1] - span[0] + 1 for span in spans)} kept" in shown
+    assert json.loads(cli(*command, "-o", "again.json", "--json").out)["channels"] == plan["channels"]
+    report = from_json(cli("prune", "net.onnx", "--stats", "stats", "--plan", "plan.json", "-o", "s.onnx", "--json"))
+    assert report["macs"]["after"] == sum(layer["macs"] for layer in plan["layers"].values())
+    refitted = ("refit", "net.onnx", "--stats", "stats", "--plan", "plan.json", "--data", "data.npz", "-o", "r.onnx")
+    assert from_json(cli(*refitted, "--json"))["macs"] == report["macs"]
+
+
+@pytest.mark.parametrize("method", ["kron-obs", "eigendamage"])
+def test_methods_meet_goals_of_latency(cli: Cli, folder: Path, known_machine: Clock, method: str) -> None:
+    report = from_json(cli(*LATENCY, "--method", method, "--latency", 0.8, "--threads", 1, "--json"))
+    assert known_machine.asked == []  # latency is taken to go with MACs, and whole models are timed
+    assert 1 <= len(report["laps"]) <= 6
+    before, after = (2e-5 + 1e-10 * report["macs"][when] for when in ("before", "after"))
+    assert after / before <= 0.8 * 1.05
+    assert report["budget"] == "--latency 0.8"
+
+
+def test_channels_without_data(cli: Cli, folder: Path) -> None:
+    outcome = cli("prune", "net.onnx", "--method", "magnitude-l2", "--macs", 0.6, "-o", "small.onnx")
+    assert "quality is unproven" in done(outcome)
+    assert "channels of conv" in outcome.out
 
 
 def test_export_then_prune(cli: Cli, folder: Path) -> None:

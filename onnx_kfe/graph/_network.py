@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_kfe.errors import UsageError
@@ -34,6 +36,7 @@ class Network:
         original: The model as it was given.
         whole: The network that this one was made from by removing channels; None where all are there.
         cuts: Which channels of the layers of `whole` are left, by layer name.
+        shifts: What is added behind products ``[out]`` for the channels that went, by layer name.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Network:
     original: ir.Model = field(repr=False)
     whole: Network | None = field(default=None, repr=False)
     cuts: Mapping[str, LayerCut] = field(default_factory=dict, repr=False)
+    shifts: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict, repr=False)
 
     @property
     def prunable(self) -> list[Layer]:
@@ -55,21 +59,28 @@ class Network:
         """Reason by name of the layers that are left alone because the user said so."""
         return {layer.name: layer.reason for layer in self.layers if layer.reason in (_EXCLUDED, _NOT_INCLUDED)}
 
-    def narrowed(self, model: ir.Model, cuts: Mapping[str, LayerCut]) -> Network:
+    def narrowed(
+        self, model: ir.Model, cuts: Mapping[str, LayerCut], shifts: Mapping[str, npt.NDArray[np.float64]]
+    ) -> Network:
         """The network of a model with fewer channels, whose nodes have the names that they had.
 
         Args:
             model: The model.
             cuts: Which channels of the layers are left.
+            shifts: What is now added behind products, by layer name.
         """
         unselected = self.unselected
         layers = [
             dataclasses.replace(layer, reason=layer.reason or unselected.get(layer.name))
             for layer in find_layers(model, self.input_shapes)
         ]
+        before = {name: shift[cuts[name].rows] for name, shift in self.shifts.items()}
+        shifts = {name: np.add(before.get(name, 0.0), shifts.get(name, 0.0)) for name in (*before, *shifts)}
         if self.whole is not None:
             cuts = {name: cut.within(self.cuts[name]) for name, cut in cuts.items()}
-        return dataclasses.replace(self, model=model, layers=layers, whole=self.whole or self, cuts=cuts)
+        return dataclasses.replace(
+            self, model=model, layers=layers, whole=self.whole or self, cuts=cuts, shifts=shifts
+        )  # fmt: skip
 
     def with_input_shapes(self, input_shapes: Mapping[str, Sequence[int]]) -> Network:
         """The same network with costs counted at other input shapes."""

@@ -5,7 +5,7 @@ from onnx_kfe.planning._bandit import Refinement, arms_around, refine
 from onnx_kfe.planning._budget import Budget, Latency, Macs, Milliseconds, Params, describe
 from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost, compose, dense_cost, dense_link, sized
 from onnx_kfe.planning._channels import ChannelPlanner, CutLayer, cut_layer
-from onnx_kfe.planning._direction_forms import DirectionChain, Directions, bottleneck
+from onnx_kfe.planning._direction_forms import DirectionChain, Directions, three_factors
 from onnx_kfe.planning._directions import DirectionPlanner
 from onnx_kfe.planning._form import Form, rank_grid
 from onnx_kfe.planning._forms import FORMS
@@ -53,7 +53,6 @@ __all__ = [
     "ThresholdPlanner",
     "allocate",
     "arms_around",
-    "bottleneck",
     "candidates",
     "chain_cost",
     "compose",
@@ -71,4 +70,5 @@ __all__ = [
     "removals",
     "search",
     "sized",
+    "three_factors",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnx_kfe.calibration import Statistics
-from onnx_kfe.errors import KfeError
+from onnx_kfe.errors import UsageError
 from onnx_kfe.graph import ChannelGroup, LayerCut, Network, find_groups
 from onnx_kfe.kfe import IMPORTANCES, Array, Scores, compensate
 from onnx_kfe.planning._allocation import DENSE, Candidate
@@ -16,7 +16,7 @@ from onnx_kfe.planning._budget import Budget
 from onnx_kfe.planning._chain import Cost, dense_cost
 from onnx_kfe.planning._plan import Plan, network_cost
 from onnx_kfe.planning._problem import LayerProblem
-from onnx_kfe.planning._threshold import Masks, ThresholdPlanner
+from onnx_kfe.planning._threshold import Masks, ThresholdPlanner, check_any
 
 __all__ = ["ChannelPlanner", "CutLayer", "cut_layer"]
 
@@ -65,7 +65,8 @@ def cut_layer(problem: LayerProblem, cut: LayerCut, compensates: bool) -> CutLay
 class ChannelPlanner(ThresholdPlanner):
     """Channels of all groups under one threshold: the importance of a unit is that of all rows that go with it.
 
-    Where no layer that computes a group has statistics, it is that of the columns that read it.
+    Where no layer that computes a group has statistics, it is that of the columns that read it, but for the saliency,
+    which says nothing of these.
 
     Args:
         network: The model.
@@ -79,7 +80,10 @@ class ChannelPlanner(ThresholdPlanner):
     Raises:
         BudgetError: No group can be pruned.
         KfeError: The statistics are of another model, or lack what the importance needs in every layer.
+        UsageError: There are none, and the importance needs them.
     """
+
+    bounds = "of each group the best channels stay, a twentieth at least"
 
     def __init__(
         self,
@@ -94,19 +98,24 @@ class ChannelPlanner(ThresholdPlanner):
         if statistics is not None:
             statistics.check_model(network.fingerprint, network.name)
         elif IMPORTANCES[importance].needs != "weights":
-            raise KfeError(f"importance {importance} needs statistics: give --data or --stats")
+            raise UsageError(f"--method {importance} needs statistics: give --data or --stats")
         self._network, self._statistics, self._importance = network, statistics, IMPORTANCES[importance]
+        self._sides = ("rows",) if self._importance.needs == "saliency" else ("rows", "columns")
         self._channels = find_groups(network)
         self._layers = {layer.name: layer for layer in network.layers}
+        weights = {layer.node.inputs[1]: layer.name for layer in network.layers}
+        # of the layers that share a weight one, and none where it is computed
+        self._owners = {name for weight, name in weights.items() if weight is not None and weight.is_initializer()}
         self._skipped: dict[str, str] = {}
         layer_scores = dict(self._layer_scores())
         scores: dict[str, Array] = {}
         for group in self._channels.groups:
-            found = _unit_scores(group, layer_scores)
+            found = _unit_scores(group, layer_scores, self._sides)
             if group.reason is not None or found is None:
                 self._skipped[f"channels of {group.name}"] = group.reason or self._unseen(group)
             else:
                 scores[group.name] = found / self._spared(group, spares)
+        check_any(scores, self._skipped)
         original = network_cost(network.whole or network)
         super().__init__(scores, original, network_cost(network), round_to, nanoseconds)
 
@@ -117,7 +126,8 @@ class ChannelPlanner(ThresholdPlanner):
             if layer.geometry is not None:
                 before, after = dense_cost(layer.geometry), dense_cost(cuts[layer.name].geometry(layer.geometry))
                 macs += after.macs - before.macs
-                parameters += after.parameters - before.parameters
+                if layer.name in self._owners:
+                    parameters += after.parameters - before.parameters
         return Cost(macs, parameters)
 
     def planned(self, plan: Plan) -> Cost:
@@ -170,9 +180,9 @@ class ChannelPlanner(ThresholdPlanner):
         return f"no statistics of its layers: {reason or 'none were collected'}"
 
 
-def _unit_scores(group: ChannelGroup, layer_scores: dict[str, Scores]) -> Array | None:
+def _unit_scores(group: ChannelGroup, layer_scores: dict[str, Scores], sides: Sequence[str]) -> Array | None:
     """Importance of each unit: summed over the rows that compute it, else over the columns that read it."""
-    for side in ("rows", "columns"):
+    for side in sides:
         members = [member for member in group.members if member.side == side and member.layer in layer_scores]
         total = np.zeros(group.size)
         for member in members:

@@ -14,7 +14,7 @@ from onnx_kfe.planning._chain import Link, Stage, chain_cost
 from onnx_kfe.planning._form import Form, all_axes
 from onnx_kfe.planning._problem import LayerProblem
 
-__all__ = ["DIRECTION_FORMS", "DirectionChain", "Directions", "best", "bottleneck"]
+__all__ = ["DIRECTION_FORMS", "DirectionChain", "Directions", "best", "three_factors"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class DirectionChain(Form):
 
     def written(self, kept: Directions, geometry: Geometry) -> list[Stage]:
         """The chain of some directions."""
-        return bottleneck(kept, geometry)
+        return _bottleneck(kept, geometry)
 
     def directions(self, problem: LayerProblem, ranks: Sequence[int]) -> Directions:
         """The most important directions, and the weight between them."""
@@ -123,15 +123,20 @@ class SeparableDirections(DirectionChain):
         return [Stage((chain.encoder @ kept.encoder)[None]), depthwise, Stage((kept.decoder @ chain.left)[None])]
 
 
-def bottleneck(kept: Directions, geometry: Geometry) -> list[Stage]:
+def _bottleneck(kept: Directions, geometry: Geometry) -> list[Stage]:
     """The three-factor chain of some directions, two factors where the kernel is 1 wide."""
     axes = all_axes(geometry)
     if geometry.taps > 1:
-        return [Stage(kept.encoder[None]), Stage(kept.core[None], axes), Stage(kept.decoder[None])]
+        return three_factors(kept, geometry)
     core = kept.core.reshape(kept.core.shape[:2])
     narrow = len(kept.encoder) <= len(core)
     first, last = (kept.encoder, kept.decoder @ core) if narrow else (core @ kept.encoder, kept.decoder)
     return [Stage(first.reshape(1, *first.shape, *[1] * len(axes)), axes), Stage(last[None])]
+
+
+def three_factors(kept: Directions, geometry: Geometry) -> list[Stage]:
+    """The chain of some directions with the core by itself, for later rounds to drop more of."""
+    return [Stage(kept.encoder[None]), Stage(kept.core[None], all_axes(geometry)), Stage(kept.decoder[None])]
 
 
 def _links(geometry: Geometry, ranks: Sequence[int]) -> list[Link]:

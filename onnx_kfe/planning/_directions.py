@@ -13,7 +13,7 @@ from onnx_kfe.planning._chain import Cost, compose, dense_cost
 from onnx_kfe.planning._direction_forms import DirectionChain
 from onnx_kfe.planning._plan import Plan, network_cost
 from onnx_kfe.planning._problem import LayerProblem
-from onnx_kfe.planning._threshold import Masks, ThresholdPlanner
+from onnx_kfe.planning._threshold import Masks, ThresholdPlanner, check_any
 
 __all__ = ["DirectionPlanner"]
 
@@ -38,6 +38,8 @@ class DirectionPlanner(ThresholdPlanner):
         BudgetError: No layer can be pruned.
         KfeError: The statistics are of another model.
     """
+
+    bounds = "of each layer the best directions stay, a twentieth at least"
 
     def __init__(
         self,
@@ -73,6 +75,8 @@ class DirectionPlanner(ThresholdPlanner):
         scores: dict[str, Array] = {}
         for name, problem in self.problems.items():
             scores[name + _ROWS], scores[name + _COLUMNS] = form.scores(problem)
+        if not self._settled:  # of what was, some may be small enough already
+            check_any(scores, self._skipped)
         original = network_cost(network.whole or network)
         super().__init__(scores, original, network_cost(network), round_to, nanoseconds)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,14 +120,14 @@ class Plan:
         data = _read(path)
         if data.get("model_hash") != network.fingerprint:
             raise KfeError(f"{path}: the plan is for another model than {network.name}")
-        kept = {
-            name: _indices(f"{path}: channels of '{name}'", text) for name, text in data.get("channels", {}).items()
-        }
         plan = cls(
             network.fingerprint, {}, network_cost(network), data.get("budget", ""), data.get("skipped", {}),
-            kept, bool(data.get("compensates", False)),
+            _channels(path, network, data.get("channels", {})), bool(data.get("compensates", False)),
         )  # fmt: skip
-        layers = {layer.name: layer for layer in plan.cut_layers(network)}
+        try:
+            layers = {layer.name: layer for layer in plan.cut_layers(network)}
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
         choices = {
             name: _checked(f"{path}: layer '{name}'", layers.get(name), entry) for name, entry in data["layers"].items()
         }
@@ -156,14 +157,26 @@ def _ranges(indices: tuple[int, ...]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _indices(where: str, text: Any) -> tuple[int, ...]:
-    """What `_ranges` wrote, edited or not."""
+def _channels(path: str | os.PathLike[str], network: Network, entries: Any) -> dict[str, tuple[int, ...]]:
+    """The channels kept that a file lists."""
+    if not isinstance(entries, dict):
+        raise UsageError(f"{path}: channels: give those kept by group, as 0-3,7")
+    sizes = {group.name: group.size for group in find_groups(network).groups} if entries else {}
+    return {name: _indices(f"{path}: channels of '{name}'", text, sizes.get(name)) for name, text in entries.items()}
+
+
+def _indices(where: str, text: Any, size: int | None) -> tuple[int, ...]:
+    """What `_ranges` wrote, edited or not, of a group of so many; None where there is no such group."""
+    if size is None:
+        raise UsageError(f"{where}: no such group; see onnx-kfe inspect --groups")
     found: set[int] = set()
     for part in str(text).split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UsageError(f"{where}: {text!r}: write the channels kept as 0-3,7")
-        found.update(range(int(first), int(last or first) + 1))
+        if int(last := match[2] or match[1]) >= size:
+            raise UsageError(f"{where}: {last} is not one of 0 to {size - 1}")
+        found.update(range(int(match[1]), int(last) + 1))
     return tuple(sorted(found))
 
 
@@ -184,10 +197,10 @@ def _checked(where: str, layer: Layer | None, entry: Any) -> Candidate:
     if layer is None:
         raise UsageError(f"{where} is not in the model")
     form, ranks = (entry.get("form"), entry.get("ranks", [])) if isinstance(entry, dict) else (None, [])
-    if form == DENSE and layer.geometry is not None:
-        return Candidate(DENSE, (), dense_cost(layer.geometry), 0.0)
     loss = entry.get("predicted_loss") if isinstance(entry, dict) else None
     known = float(loss) if isinstance(loss, int | float) else math.nan
+    if form == DENSE and layer.geometry is not None:
+        return Candidate(DENSE, (), dense_cost(layer.geometry), 0.0 if math.isnan(known) else known)
     if form == REMOVED:
         return Candidate(REMOVED, (), Cost(0, 0), known, tuple(entry.get("removes", [])))
     if not layer.prunable or layer.geometry is None:

@@ -18,13 +18,14 @@ from onnx_kfe.planning._direction_forms import best
 from onnx_kfe.planning._form import rank_grid
 from onnx_kfe.planning._plan import Plan
 
-__all__ = ["Masks", "ThresholdPlanner", "keep_above"]
+__all__ = ["Masks", "ThresholdPlanner", "check_any", "keep_above"]
 
 Masks = dict[str, np.ndarray]
 """What is kept, ``[n]`` of booleans, by the name of what has n channels or directions."""
 
 _MOST_DROPPED = 0.95  # of a side, as EigenDamage has it
 _FRONTIER_POINTS = 17
+_NAMED = 3  # reasons in a message
 
 
 def keep_above(scores: Mapping[str, Array], threshold: float, round_to: int | None) -> Masks:
@@ -46,6 +47,17 @@ def _rounded_up(count: int, limit: int, round_to: int) -> int:
     return next((size for size in rank_grid(limit, round_to) if size >= count), limit)
 
 
+def check_any(scores: Mapping[str, Array], skipped: Mapping[str, str]) -> None:
+    """Refuse to plan where nothing can go.
+
+    Raises:
+        BudgetError: There are no scores; the message has the reasons by name of what could not be considered.
+    """
+    if not scores:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:_NAMED])
+        raise BudgetError(f"nothing in the model can be pruned: {reasons or 'see onnx-kfe inspect'}")
+
+
 class ThresholdPlanner(ABC):
     """Plans by one threshold. Latency is taken to go with MACs; whole models that are timed say how far it does.
 
@@ -57,14 +69,17 @@ class ThresholdPlanner(ABC):
         nanoseconds: Latency of a run of the original, where there is a budget of latency.
     """
 
-    bounds = "a threshold of importance"
+    bounds = "the best of each side stay, a twentieth at least"
     """What bounds what can be reached, in words."""
 
     def __init__(
-        self, scores: Mapping[str, Array], original: Cost, dense: Cost, round_to: int | None, nanoseconds: int
+        self,
+        scores: Mapping[str, Array],
+        original: Cost,
+        dense: Cost,
+        round_to: int | None,
+        nanoseconds: int,
     ) -> None:
-        if not scores:
-            raise BudgetError("nothing in the model can be pruned; see onnx-kfe inspect for the reasons")
         self._scores, self._original, self._dense, self._round_to = dict(scores), original, dense, round_to
         self._nanoseconds = nanoseconds
         self._thresholds = [-np.inf, *np.unique(np.concatenate([*scores.values(), np.zeros(0)]))]
@@ -95,7 +110,9 @@ class ThresholdPlanner(ABC):
             least = self._timed(self.cost(self._at(place - 1)))
             original = self._timed(self._original)
             possible = describe([b.meeting(b.of(least), b.of(original)) for b in budgets])
-            raise BudgetError(f"{describe(budgets)} cannot be met: the smallest this model can become is {possible}")
+            raise BudgetError(
+                f"{describe(budgets)} cannot be met ({self.bounds}): the smallest this model can become is {possible}"
+            )
         masks = self._at(place)
         return self.written(masks if self._round_to is None else self._filled(masks, budgets), describe(budgets))
 

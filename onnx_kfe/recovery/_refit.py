@@ -88,6 +88,7 @@ def refit(
             chain = solved.load(layer)
             if chain is None:
                 chain = _refitted(layer, plan.choices[layer.name], statistics.layers[layer.name], models.samples(layer))
+                chain = dataclasses.replace(chain, bias=chain.bias - network.shifts.get(layer.name, 0.0))
                 solved.save(chain)
             models.replace(chain)
             chains[layer.name] = chain

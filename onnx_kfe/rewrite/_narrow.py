@@ -47,17 +47,19 @@ def narrow(network: Network, plan: Plan, statistics: Statistics | None) -> Narro
     groups = find_groups(network)
     masks = plan.masks(groups)
     cuts = groups.cut(masks)
-    weights, losses = {}, {}
+    weights, losses, shifts = {}, {}, {}
     if statistics is not None:
         for layer in network.prunable:
             cut = cuts[layer.name]
             if layer.name in statistics.layers and not (cut.rows.all() and cut.columns.all()):
                 left = cut_layer(LayerProblem(layer, statistics.layers[layer.name]), cut, plan.compensates)
                 weights[layer.name], losses[layer.name] = Weights(left.weight, left.bias), left.loss
+                if layer.op_type == "MatMul":
+                    shifts[layer.name] = left.bias
         statistics = replace(
             statistics,
             layers={name: seen.cut(cuts[name].rows, cuts[name].columns) for name, seen in statistics.layers.items()},
         )
     model = ChannelPass(network, masks)(network.model.clone()).model
     model = ReweighPass(weights)(model).model
-    return Narrowed(network.narrowed(model, cuts), statistics, losses)
+    return Narrowed(network.narrowed(model, cuts, shifts), statistics, losses)

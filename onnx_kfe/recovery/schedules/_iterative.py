@@ -43,10 +43,9 @@ def with_weights(network: Network, model: ir.Model) -> Network:
 
 
 def learnt_directions(network: Network, layer: str, form: str, model: ir.Model) -> tuple[Directions, Array]:
-    """The chain of a layer as it is after training, and its bias.
+    """The three factors of a layer as they are after training, and its bias.
 
-    A chain of two stages has the identity as its core. A bias that became one with an addition behind the chain is
-    taken over with that, by `with_weights`.
+    A bias that became one with an addition behind the chain is taken over with that, by `with_weights`.
 
     Args:
         network: The network that the layer is of.
@@ -59,9 +58,8 @@ def learnt_directions(network: Network, layer: str, form: str, model: ir.Model) 
     """
     stem = f"{layer}/{form}_"
     found = [each for each in find_layers(model, network.input_shapes) if each.name.startswith(stem)]
-    first, *cores, last = (each.weight()[0] for each in sorted(found, key=_number))
+    first, core, last = (each.weight()[0] for each in sorted(found, key=_number))
     encoder, decoder = (array.reshape(array.shape[:2]) for array in (first, last))
-    core = cores[0] if cores else np.eye(len(encoder))
     bias = max(found, key=_number).bias()
     for node in model.graph:
         if node.name == f"{layer}/bias_add" and node.inputs[1] is not None and node.inputs[1].const_value is not None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.graph import Geometry, Network, find_groups, open_network
 from onnx_kfe.kfe import Array, channel_covariance
-from onnx_kfe.planning import DirectionChain, Directions, LayerProblem, Plan, bottleneck
+from onnx_kfe.planning import DirectionChain, Directions, LayerProblem, Plan
 from onnx_kfe.rewrite import Chain, ChannelPass, FactorizePass, Merge, MergePass, is_smaller, write_chains
 
 __all__ = ["Subject", "of_channels", "of_directions"]
@@ -86,7 +86,7 @@ def of_directions(network: Network, statistics: Statistics, plan: Plan, form: Di
     cores = set()
     for name, choice in plan.changed.items():
         problem = LayerProblem(layers[name], statistics.layers[name])
-        stages = bottleneck(_full_rank(problem, form), problem.geometry)
+        stages = form.written(_full_rank(problem, form), problem.geometry)
         chains[name] = Chain(layers[name], form.name, stages, problem.bias(problem.weight))
         stem = f"{name}/{form.name}_"
         targets |= {f"{stem}{n}": count for n, count in enumerate(_targets(problem.geometry, choice.ranks))}
@@ -106,7 +106,7 @@ def _targets(geometry: Geometry, ranks: tuple[int, ...]) -> list[int]:
 
 
 def _core(geometry: Geometry) -> int:
-    """The stage that is the core or has become one with it, see `bottleneck`."""
+    """The stage that is the core or, where the kernel is 1 wide, has become one with it."""
     return 1 if geometry.taps > 1 or geometry.in_channels <= geometry.out_channels else 0
 
 
