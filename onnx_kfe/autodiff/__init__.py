@@ -19,8 +19,10 @@ from onnx_kfe.autodiff import (
 )
 from onnx_kfe.autodiff._driver import Gradients, append_gradients
 from onnx_kfe.autodiff._emitter import Emitter, sizes_of
+from onnx_kfe.autodiff._registry import Declined
+from onnx_kfe.autodiff._resize import interpolation
 
-__all__ = ["Emitter", "Gradients", "append_gradients", "sizes_of"]
+__all__ = ["Declined", "Emitter", "Gradients", "append_gradients", "interpolation", "sizes_of"]
 
 # Imported for the rules they register.
 del _arithmetic, _convolution, _elementwise, _indexing, _linear, _movement

@@ -31,7 +31,7 @@ def graph(body: str, outputs: str) -> ir.Graph:
     ("body", "kind", "source"),
     [
         ("y = Softmax<axis = 1>(h)", "categorical", "h"),
-        ("y = LogSoftmax<axis = 1>(h)", "categorical", "h"),
+        ("y = LogSoftmax<axis = 1>(h)", "categorical", "y"),
         ("y = Sigmoid(h)", "bernoulli", "h"),
         ("y = Relu(h)", "gaussian", "y"),
         ("p = Softmax<axis = 1>(h) y = Identity(p)", "categorical", "h"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx2fx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from onnx_kfe.errors import KfeError
@@ -17,6 +17,20 @@ from onnx_kfe.recovery.training._operators import OPERATORS
 __all__ = ["convert"]
 
 _DOMAIN = "onnx_kfe"  # of the nodes with handlers of our own, which leaves those of onnx2fx as they are for others
+
+_SETTINGS: dict[str, tuple[int, ...]] = {
+    "Expand": (1,),
+    "Pad": (1, 2, 3),
+    "Reshape": (1,),
+    "Resize": (1, 2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "Squeeze": (1,),
+    "Tile": (1,),
+    "Unsqueeze": (1,),
+    **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"), (1,)),
+}
+"""Inputs whose values torch takes as numbers: constants for them stay in host memory, where reading them is cheap."""
 
 for _operator, _handler in OPERATORS.items():
     onnx2fx.register_op(_operator, _handler, domain=_DOMAIN)
@@ -34,33 +48,38 @@ def convert(model: ir.Model) -> OnnxModule:
     _check_operators(model)
     graph = model.graph
     learnt = find_learnt(graph)
-    parameters, learnt_names = set(learnt.parameters), set(learnt.values)
     _simplify_constants(model)
     inputs, outputs = ([str(value.name) for value in values] for values in (graph.inputs, graph.outputs))
+    settings = {str(value.name) for value in graph.initializers.values() if _is_setting(value)}
     names = _number(list(graph.initializers.values()))
-
     program = _translate(model)
+
     children = dict(program.named_children())
-    keys = module_keys([*names.values(), *children])
-    stored = {**{number: keys[name] for number, name in names.items()}, **{name: keys[name] for name in children}}
+    keys = dict(zip([*names, *children], module_keys([*names.values(), *children]), strict=True))
+    module = OnnxModule(inputs, outputs, {keys[n]: name for n, name in names.items() if name in learnt.values})
+    for number, name in names.items():
+        tensor = program.get_buffer(number)
+        trained = name in learnt.parameters
+        module.place(keys[number], nn.Parameter(tensor) if trained else tensor, fixed=name in settings)
+    for child, part in children.items():
+        module.place(keys[child], part)
     for node in program.graph.nodes:
         if node.op in ("get_attr", "call_module"):
-            node.target = stored[node.target]
+            node.target = keys[node.target]
     program.recompile()
-
-    initializer_names = {keys[name]: name for name in names.values() if name in learnt_names}
-    module = OnnxModule(type(program).forward, inputs, outputs, initializer_names)
-    tensors: dict[str, Tensor] = dict(program.named_buffers())
-    for number, name in names.items():
-        module.place(keys[name], nn.Parameter(tensors[number]) if name in parameters else tensors[number])
-    for name, child in children.items():
-        module.place(keys[name], child)
+    module.program = type(program).forward
     return module
+
+
+def _is_setting(value: ir.Value) -> bool:
+    return all(use.idx in _SETTINGS.get(use.node.op_type, ()) for use in value.uses())
 
 
 def _check_operators(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         opset = model.opset_imports.get(node.domain, 1)
+        if node.domain == "" and node.op_type in OPERATORS:
+            continue
         if not onnx2fx.is_supported(node.op_type, node.domain, opset):
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             raise KfeError(f"operator {operator} (node '{node.name or node.op_type}') cannot be converted to torch")
@@ -87,9 +106,13 @@ def _translate(model: ir.Model) -> GraphModule:
     for node in model.graph.all_nodes():
         if node.op_type in OPERATORS and node.domain == "":
             node.domain = _DOMAIN
+            if not any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+                node.resize_outputs(1)  # masks of Dropout that nobody reads
     model.opset_imports[_DOMAIN] = 1
     try:
         with quiet():
             return onnx2fx.convert(ir.to_proto(model))
+    except KfeError:
+        raise
     except Exception as error:
         raise KfeError(f"the model cannot be converted to torch: {reason(error)}") from error

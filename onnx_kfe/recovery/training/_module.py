@@ -69,7 +69,8 @@ def write_back(module: OnnxModule, model: ModelSource) -> ir.Model | onnx.ModelP
         KfeError: The module is of another model: names or shapes differ. The message names the first that does.
     """
     written = load(model)
-    tensors = {module.initializer_names[key]: tensor for key, tensor in module.state_dict().items()}
+    state = module.state_dict()
+    tensors = {name: state[key] for key, name in module.initializer_names.items()}
     learnt = find_learnt(written.graph).values
     _check(tensors, learnt, source_name(model))
     for name, value in learnt.items():

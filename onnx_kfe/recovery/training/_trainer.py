@@ -31,7 +31,7 @@ __all__ = ["Trainer"]
 
 _LARGEST_NORM = 5.0  # of a gradient
 _EXPLODED = 10.0  # times the loss before training, or T^2 nats if that is more
-_PATIENCE = 5  # epochs without a lower loss on held-back samples
+_PATIENCE = 5  # epochs at a falling learning rate without a lower loss on held-back samples
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Trainer:
                 self._lost += loss
                 self._step += 1
                 advance(self._batch)
-                if interrupted.is_set():
+                if interrupted.is_set() and place + 1 < self._per_epoch:
                     self._save(interrupted)
 
     def _train(self, places: np.ndarray, epoch: int) -> float:
@@ -175,8 +175,17 @@ class Trainer:
         self.history.append(epoch)
         if self.best is epoch:
             self._best = tensors(self._average.module)
-        elif self.hook is None and epoch.number - self.best.number >= _PATIENCE:
+        elif self.hook is None and self._losing():
             self.stopped = f"no lower loss on held-back samples for {_PATIENCE} epochs"
+
+    def _losing(self) -> bool:
+        """Whether the last epochs brought nothing, though the learning rate fell: before that, the loss may rise."""
+        factor = SCHEDULES[self.settings.schedule]
+        factors = [factor(epoch.number * self._per_epoch, self._steps) for epoch in self.history]
+        recent = self.history[-_PATIENCE - 1 :]
+        falling = factors[-len(recent) :] == sorted(factors[-len(recent) :], reverse=True)
+        lowest = min(recent, key=lambda epoch: epoch.held_back)
+        return len(recent) > _PATIENCE and falling and lowest is recent[0]
 
     def _say(self, left: float) -> None:
         epoch = self.history[-1]
