@@ -21,7 +21,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-__all__ = ["MODELS", "Asset", "assets_folder", "cifar10", "extract_images"]
+__all__ = [
+    "MODELS",
+    "Asset",
+    "assets_folder",
+    "cifar10",
+    "extract_images",
+    "sentence_encoder",
+    "sentences",
+    "sts_spearman",
+]
 
 _IMAGENET_ARCHIVE = "imagenet_sample1000_s256_q90.zip"
 
@@ -157,3 +166,42 @@ def extract_images(folder: Path, count: int) -> Path:
         for name in sorted(names)[:count]:
             (folder / Path(name).name).write_bytes(archive.read(name))
     return folder
+
+
+_ENCODERS = {"minilm-l6": "all_minilm_l6_v2.onnx", "minilm-l3": "paraphrase_minilm_l3.onnx"}
+
+
+def sentence_encoder(name: str) -> Path:
+    """Where ``prepare.py`` of the assets put a sentence encoder, by its name there; ends the program where it did not.
+
+    Inputs are ``input_ids``, ``attention_mask`` and ``token_type_ids``, int64 ``[N, T]``.
+    """
+    path = Path(_reference().CACHE / _ENCODERS[name])
+    if not path.is_file():
+        sys.exit(f"no {path}: run prepare.py {name} of the assets")
+    return path
+
+
+def sentences(count: int) -> list[dict[str, np.ndarray]]:
+    """Inputs of `count` sentences of the STS-B training split, drawn by a seed: each ``[1, T]`` with a T of its own.
+
+    The shortest come first, so that those of one length, which alone can be run together, are neighbours.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(_reference().CACHE / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(256)
+    lines = (assets_folder() / "data" / "sts" / "sts-train.csv").read_text(encoding="utf8").splitlines()
+    texts = sorted({text for line in lines for text in line.split("\t")[5:7]})
+    drawn = np.random.default_rng(0).choice(texts, count, replace=False)
+    ids = [np.array([encoded.ids], np.int64) for encoded in tokenizer.encode_batch(drawn.tolist())]
+    return [
+        {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
+        for row in sorted(ids, key=lambda row: row.shape[1])
+    ]
+
+
+def sts_spearman(session: Any) -> float:
+    """Spearman's rho of the cosine similarities of the STS-B test pairs with what people said, by the reference."""
+    return float(_reference().sts(session, None, "")["spearman"])

@@ -103,9 +103,10 @@ class Lockstep:
         """The inputs that a layer now gets and the outputs that are wanted of it, by group.
 
         Wanted is its original output. Where that goes straight into an Add whose other operand is known by now, the
-        original sum is: so the last layer of a residual branch makes up for the errors of the branch beside it.
+        original sum is: so the last layer of a residual branch makes up for the errors of the branch beside it. A bias
+        that an Add of its own adds, as behind a MatMul, is passed over.
         """
-        wanted, beside = self._wanted(layer)
+        wanted, beside, bias = self._wanted(layer)
         own = [self._smaller.value(layer.input), *([] if beside is None else [beside])]
         parts = [
             (self._original, self._original.segment([wanted]), [wanted]),
@@ -118,7 +119,7 @@ class Lockstep:
         outputs = [name for name, value in values.items() if name in needed and value.producer() is not None]
         used = [frontier.joint_name(value) for frontier, _, values in parts for value in values]
         session, sampled = self._session(model, layer, outputs, used)
-        blocks = self._run(session, outputs, sampled, layer)
+        blocks = self._run(session, outputs, sampled, layer, bias)
         for name in self._stored - needed:
             for place in range(len(self._sizes)):
                 self._kept.drop(place, name)
@@ -132,17 +133,21 @@ class Lockstep:
             for g in range(len(blocks[0]))
         ]
 
-    def _wanted(self, layer: Layer) -> tuple[ir.Value, ir.Value | None]:
-        """A value of the original, and one of the smaller model to be subtracted from it."""
-        output = self._original.value(self._wholes[layer.name].output)
-        uses = list(output.uses())
-        if len(uses) == 1 and uses[0].node.op_type == "Add":
-            other = uses[0].node.inputs[1 - uses[0].idx]
-            known = None if other is None else self._smaller.find(other.name or "")
+    def _wanted(self, layer: Layer) -> tuple[ir.Value, ir.Value | None, np.ndarray | None]:
+        """A value of the original, and what is part of it beside the layer: a value of the smaller model, a bias."""
+        whole = self._wholes[layer.name]
+        output, bias = self._original.value(whole.output), None
+        added = _added(output)
+        if added is not None and (bias := _bias(whole, added[1])) is not None:
+            output, added = added[0], _added(added[0])
+            bias = bias[self._cuts[layer.name].rows] if layer.name in self._cuts else bias
+        if added is not None:
+            total, other = added
+            known = self._smaller.find(other.name or "")
             finished = known is not None and not {node.name for node in ancestors([known])} & set(self._ahead)
-            if other is not None and finished and _same_shape(output, other):
-                return uses[0].node.outputs[0], known
-        return output, None
+            if finished and _same_shape(output, other):
+                return total, known, bias
+        return output, None, bias
 
     def _session(self, model: ir.Model, layer: Layer, outputs: list[str], used: list[str]) -> tuple[Any, list[str]]:
         graph = model.graph
@@ -184,7 +189,9 @@ class Lockstep:
         enough = _COLUMNS_PER_SAMPLE * samples + _COLUMNS_PER_INPUT * patch
         return min(1.0, min(enough, room) / (geometry.positions * samples))
 
-    def _run(self, session: Any, outputs: list[str], sampled: list[str], layer: Layer) -> list[list[Block]]:
+    def _run(
+        self, session: Any, outputs: list[str], sampled: list[str], layer: Layer, bias: np.ndarray | None
+    ) -> list[list[Block]]:
         """Of each batch the blocks of all groups."""
         assert layer.geometry is not None
         order = channel_major(layer.geometry)
@@ -203,9 +210,29 @@ class Lockstep:
                     f"layer '{layer.name}': NaN or infinity while refitting; --exclude the layer or use --no-refit"
                 )
             x = x[:, order]
+            if bias is not None:
+                beside = [bias[:, None] + (beside[0] if beside else np.zeros_like(y))]
             blocks.append([Block(x[g], y[g], beside[0][g] if beside else None) for g in range(len(x))])
         self._stored |= set(outputs)
         return blocks
+
+
+def _added(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """The sum that alone reads a value, and the other operand."""
+    uses = list(value.uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Add" or value.is_graph_output():
+        return None
+    add, other = uses[0].node, uses[0].node.inputs[1 - uses[0].idx]
+    return None if other is None else (add.outputs[0], other)
+
+
+def _bias(layer: Layer, addend: ir.Value) -> np.ndarray | None:
+    """The bias ``[out]`` that adding a constant to the output of a product amounts to."""
+    assert layer.geometry is not None
+    constant = addend.const_value if addend.is_initializer() else None
+    if layer.op_type == "Conv" or constant is None or list(constant.shape) != [layer.geometry.out_channels]:
+        return None
+    return constant.numpy().astype(np.float32)
 
 
 def _same_shape(first: ir.Value, second: ir.Value) -> bool:
@@ -213,9 +240,10 @@ def _same_shape(first: ir.Value, second: ir.Value) -> bool:
 
 
 def _targets(graph: ir.Graph, names: set[str]) -> list[ir.Value]:
-    """The outputs of the layers, and the sums that they go into."""
+    """The outputs of the layers, the sums that they go into, and the sums that those go into behind a bias."""
     values = [value for node in graph for value in node.outputs if value.name in names]
-    return values + [use.node.outputs[0] for value in values for use in value.uses() if use.node.op_type == "Add"]
+    sums = [use.node.outputs[0] for value in values for use in value.uses() if use.node.op_type == "Add"]
+    return values + sums + [use.node.outputs[0] for value in sums for use in value.uses() if use.node.op_type == "Add"]
 
 
 def _activation_of(value: ir.Value) -> Activation:

@@ -255,3 +255,52 @@ def test_the_activation_is_what_alone_reads_the_output(after, bounds: tuple[floa
         (samples,) = models.samples(network.prunable[0])
     assert (samples.activation.low, samples.activation.high) == bounds
     assert sum(block.inputs.shape[1] for block in (*samples.fitted, *samples.held_out)) > 8
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_bias_that_an_add_of_its_own_adds_is_passed_over(residual: bool):
+    """What is left for the layer to give is its product, and the activation behind the sums is seen."""
+    arrays = {"w": weights(8, 8), "b": weights(8, seed=1)}
+    shapes = {"x": ["n", 5, 8]}
+    nodes = [node("MatMul", ["x", "w"], ["h"], "product"), node("Add", ["b", "h"], ["s0"])]
+    nodes += [node("Add", ["s0", "x"], ["s1"])] if residual else []
+    nodes += [node("Relu", [f"s{int(residual)}"], ["y"])]
+    network = open_network(tiny(nodes, shapes, {"y": ["n", 5, 8]}, arrays))
+    x = np.random.default_rng(0).standard_normal((16, 5, 8)).astype(np.float32)
+    with Activations(2**30) as kept:
+        models = _lockstep.Lockstep(network, network.prunable, [], kept, 2**26, (), None)
+        models.take(batches(dataset(network, {"x": x}), 16, input_specs(network.model)), True)
+        (samples,) = models.samples(network.prunable[0])
+    assert samples.activation.low == 0
+    for block in (*samples.fitted, *samples.held_out):
+        assert block.beside is not None
+        assert block.inputs.shape[1] > 0
+        np.testing.assert_allclose(block.wanted - block.beside, arrays["w"].T @ block.inputs, atol=1e-5)
+        beside = arrays["b"][:, None] + (block.inputs if residual else 0)
+        np.testing.assert_allclose(block.beside, np.broadcast_to(beside, block.wanted.shape), atol=1e-6)
+
+
+def test_a_product_behind_a_branch_that_is_cut_makes_up_for_it():
+    """``x + (x W + b)`` with all of the branch but one direction gone: the next branch gives what is lacking."""
+    arrays = {
+        f"{kind}{n}": weights(*([16, 16] if kind == "w" else [16]), seed=10 * n) for n in range(2) for kind in "wb"
+    }
+    nodes = []
+    for n, stream in enumerate(("x", "r0")):
+        nodes += [
+            node("MatMul", [stream, f"w{n}"], [f"h{n}"], f"product{n}"),
+            node("Add", [f"h{n}", f"b{n}"], [f"s{n}"]),
+        ]
+        nodes += [node("Add", [stream, f"s{n}"], [f"r{n}"])]
+    network = open_network(tiny(nodes, {"x": ["n", 5, 16]}, {"r1": ["n", 5, 16]}, arrays))
+    x = np.random.default_rng(0).standard_normal((64, 5, 16)).astype(np.float32)
+    statistics = kfe.collect(network, {"x": x})
+    plan = dense_plan(network)
+    first = network.prunable[0]
+    assert first.geometry is not None
+    plan.choices[first.name] = Candidate("two_factor", (8,), dense_cost(first.geometry), 0.0)
+    chains = refit(network, plan, statistics, dataset(network, {"x": x}))
+    (wanted,) = outputs(serialize(network.original), {"x": x})
+    (found,) = outputs(serialize(write_chains(network, plan, statistics, chains)), {"x": x})
+    (once,) = outputs(serialize(apply_plan(network, plan, statistics)[0]), {"x": x})
+    assert np.square(found - wanted).sum() < 0.01 * np.square(once - wanted).sum()
