@@ -29,6 +29,7 @@ __all__ = ["DEFAULT_BATCH", "DEFAULT_EPOCHS", "Tuned", "finetune"]
 DEFAULT_EPOCHS = 10
 DEFAULT_BATCH = 64
 _HELD_BACK = 0.1
+_MOST_HELD_BACK = 256  # so that they are among those that `prune` holds back of the same data, and no refit saw them
 
 
 @dataclass
@@ -126,7 +127,7 @@ def finetune(
 
     Args:
         model: The smaller model.
-        data: Samples, of which a tenth is held back where there are no `evaluation_data`.
+        data: Samples, of which a tenth, 256 at most, is held back where there are no `evaluation_data`.
         teacher: The original, with the same inputs and outputs; None to learn from labels alone.
         evaluation_data: Samples to choose the best weights on and to measure quality on.
         images: How images become inputs.
@@ -137,7 +138,7 @@ def finetune(
         epochs: Passes over the data.
         batch: Samples of a step, over all processes.
         optimizer: ``sgd`` or ``adamw``.
-        learning_rate: Its peak; 0.02 for SGD and 0.0005 for AdamW when None.
+        learning_rate: Its peak; 0.005 for SGD and 0.0005 for AdamW when None.
         schedule: ``one-cycle`` or ``cosine``.
         temperature: By which logits are divided before student and teacher are compared.
         augment: Whether to flip and shift images at random; when None wherever the only input takes images.
@@ -169,6 +170,8 @@ def finetune(
     found = head_specs(calibration.find_heads(open_network(student if original is None else original), heads))
     _check_share(share, original is not None, found)
     module = to_torch(student)
+    if odd := next((f"'{n}' is {p.dtype}" for n, p in module.named_parameters() if p.element_size() < 4), None):
+        raise KfeError(f"{source_name(model)}: weight {odd}: train in single precision and convert afterwards")
 
     from onnx_kfe.recovery.training._ranks import joined
     from onnx_kfe.recovery.training._run import train
@@ -185,7 +188,8 @@ def finetune(
 
         used, held_back = opened(data), None if evaluation_data is None else opened(evaluation_data)
         if held_back is None:
-            used, held_back = used.split(_HELD_BACK)
+            count = used.count()
+            used, held_back = used.split(_HELD_BACK if count is None else min(_HELD_BACK, _MOST_HELD_BACK / count))
         trained = train(
             student, module, original, found, specs, used, held_back, settings, ranks,
             memory=memory, threads=threads, checkpoint=None if checkpoint is None else Path(checkpoint), progress=shown,

@@ -529,6 +529,62 @@ def test_models_that_cannot_be_compared(fails: Fails, folder: Path) -> None:
     fails(2, "not an output of the model", "evaluate", "relu.onnx", "--data", "data.npz", "--reference", "net.onnx")
 
 
+# Fine-tuning
+
+
+def finetune(*arguments: object) -> tuple[object, ...]:
+    return ("finetune", "net.onnx", "-o", "tuned.onnx", "--device", "cpu", *arguments)
+
+
+def test_what_cannot_be_learnt_from(fails: Fails, folder: Path) -> None:
+    onnx.save(tiny([node("Relu", ["x"], ["logits"])], {"x": ["N", 3]}, {"logits": ["N", 3]}), folder / "relu.onnx")
+    np.savez(folder / "labelled.npz", x=samples(24), labels=np.arange(24))
+    np.savez(folder / "empty.npz", x=samples(0))
+    data, teacher = ("--data", "data.npz"), ("--teacher", "net.onnx")
+    fails(2, "give --data", *finetune(*teacher))
+    fails(
+        1,
+        "relu.onnx takes .* but net.onnx takes .*: a teacher has the same",
+        *finetune(*data, "--teacher", "relu.onnx"),
+    )
+    fails(1, "none.onnx: no such file", *finetune(*data, "--teacher", "none.onnx"))
+    fails(1, "--label-share needs labels: these samples have none", *finetune(*data))
+    fails(1, "label .* is no class of output 'logits', which has 5", *finetune("--data", "labelled.npz"))
+    fails(2, "without --teacher", *finetune(*data, "--label-share", "0.5"))
+    fails(1, "no samples", *finetune("--data", "empty.npz", *teacher))
+    fails(2, "would overwrite its input", "finetune", "net.onnx", *teacher, *data, "-o", "net.onnx")
+    fails(2, "--augment flips", "finetune", "relu.onnx", *data, "--teacher", "relu.onnx", "--augment", "-o", "t.onnx")
+
+
+def test_operators_and_types_that_cannot_be_trained(fails: Fails, folder: Path) -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"], name="fc"),
+        node("Pad", ["h", "p"], ["logits"], name="border", mode="wrap"),
+    ]
+    constants = {"w": weights(3, 3), "p": np.array([0, 1, 0, 1])}
+    onnx.save(tiny(nodes, {"x": ["N", 3]}, {"logits": ["N", 5]}, constants, opset=19), folder / "odd.onnx")
+    odd = ("finetune", "odd.onnx", "--teacher", "odd.onnx", "--data", "none.npz", "-o", "t.onnx")
+    fails(1, "operator Pad .*'border'", *odd)
+    half = tiny(nodes[:1], {"x": ["N", 3]}, {"h": ["N", 3]}, {"w": weights(3, 3).astype(np.float16)}, dtype=10)
+    onnx.save(half, folder / "half.onnx")
+    odd = ("finetune", "half.onnx", "--teacher", "half.onnx", "--data", "none.npz", "-o", "t.onnx")
+    fails(1, "'w' is torch.float16: train in single precision", *odd)
+
+
+@pytest.mark.parametrize("missing", ["torch", "onnx2fx"])
+def test_finetune_without_its_extra(fails: Fails, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name in [name for name in sys.modules if name.startswith("onnx_kfe.recovery.training._convert")]:
+        monkeypatch.delitem(sys.modules, name)
+    message = rf"{missing}, which is not installed: pip install 'onnx-kfe\[train\]'"
+    fails(1, message, *finetune("--data", "data.npz", "--teacher", "net.onnx"))
+
+
+def test_a_run_that_diverges(fails: Fails) -> None:
+    options = ("--data", "data.npz", "--teacher", "net.onnx", "--learning-rate", "1e9", "--batch", "8")
+    fails(1, "diverged in epoch 1 at step .* try a lower --learning-rate", *finetune(*options))
+
+
 # Export
 
 

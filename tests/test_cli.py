@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import onnx
 import pytest
 
 import onnx_kfe
-from onnx_kfe import evaluation
+from onnx_kfe import console, evaluation
 from onnx_kfe._options import Budgets, Heads, Images, Selection, parse_shapes, parse_shard
 from onnx_kfe.calibration import ImageOptions, Statistics
 from onnx_kfe.errors import UsageError
@@ -51,7 +52,7 @@ def from_json(outcome: Outcome) -> Any:
 
 def test_version_and_help(cli: Cli) -> None:
     assert cli("--version") == Outcome(0, f"onnx-kfe {onnx_kfe.__version__}\n", "")
-    commands = ("inspect", "collect", "merge", "plan", "prune", "evaluate", "benchmark", "export", "demo")
+    commands = ("inspect", "collect", "merge", "plan", "prune", "evaluate", "finetune", "benchmark", "export", "demo")
     overview = done(cli())
     assert overview == done(cli("--help"))
     for name in commands:
@@ -241,6 +242,53 @@ def test_prune_shows_what_it_cost(cli: Cli, folder: Path) -> None:
         "heads: logits categorical (assumed; change with --head)",
     ]
     assert (folder / "small.onnx").is_file()
+
+
+def test_finetune_shows_what_it_brought(cli: Cli, folder: Path) -> None:
+    done(cli("prune", "net.onnx", "--data", "data.npz", "--macs", 0.4, "--no-refit", "-o", "small.onnx"))
+    command = ("finetune", "small.onnx", "--teacher", "net.onnx", "--data", "data.npz", "--evaluation", "test.npz")
+    options = ("--epochs", 4, "--batch", 16, "--learning-rate", 0.01, "--device", "cpu", "--threads", 1)
+    outcome = cli(*command, *options, "-o", "tuned.onnx")
+    shown = done(outcome)
+    assert re.search(r"^quality, 40 given samples +teacher +before +after +95 % interval", shown, re.MULTILINE)
+    for row in ("top-1 accuracy ", "same decision ", "KL, nats a sample "):
+        assert sum(line.startswith(row) for line in shown.splitlines()) == 1, row
+    assert re.search(r"^weights of epoch [1-4] of 4$", shown, re.MULTILINE)
+    assert shown.endswith("written: tuned.onnx\n")
+    assert re.search(
+        r"^epoch 4/4: loss .*, on held-back samples .*, same decision .*; 00:00:00 left$", outcome.err, re.M
+    )
+    assert not (folder / "tuned.onnx.finetune").exists()
+    report = from_json(cli(*command, *options, "-o", "again.onnx", "--json"))
+    assert report["after"]["heads"][0]["kl"] < report["before"]["heads"][0]["kl"]
+    assert [epoch["epoch"] for epoch in report["epochs"]] == [0, 1, 2, 3, 4]
+    assert (folder / "tuned.onnx").read_bytes() == (folder / "again.onnx").read_bytes()
+
+
+def test_finetune_goes_on_after_an_interrupt(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("finetune", "net.onnx", "--data", "test.npz", "--batch", 8, "--device", "cpu", "-o", "tuned.onnx")
+
+    class Interrupting(console.ShownProgress):
+        def note(self, text: str) -> None:
+            super().note(text)
+            if text.startswith("epoch 2/"):
+                signal.raise_signal(signal.SIGINT)
+
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(console, "ShownProgress", Interrupting)
+        outcome = cli(*command)
+    signal.signal(signal.SIGINT, earlier)
+    assert outcome.code == 130
+    assert outcome.out == ""
+    assert outcome.err.endswith("interrupted after 9 of 40 steps: the same command goes on from here\n")
+    assert (folder / "tuned.onnx.finetune").is_dir()
+    assert not (folder / "tuned.onnx").exists()
+    again = cli(*command)
+    assert "written: tuned.onnx" in done(again)
+    assert "going on after 9 of 40 steps" in again.err
+    assert "epoch 2/" not in again.err
+    assert not (folder / "tuned.onnx.finetune").exists()
 
 
 def test_dry_run_writes_nothing(cli: Cli, folder: Path) -> None:

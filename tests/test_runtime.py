@@ -29,6 +29,8 @@ def test_options_reach_the_session() -> None:
     assert options.intra_op_num_threads == 1
     options = create_session(classifier().SerializeToString()).get_session_options()
     assert options.intra_op_num_threads == default_threads() >= 1
+    options = create_session(classifier().SerializeToString(), spin=False).get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
 def test_unknown_provider_lists_those_there_are() -> None:

@@ -11,6 +11,7 @@ from onnx import parser
 from onnx_kfe.autodiff import Emitter
 from onnx_kfe.calibration import HEAD_KINDS, Head, detect_heads, sample_noise
 from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.evaluation import HeadSpec, compare
 from onnx_kfe.graph import serialize
 from onnx_kfe.runtime import create_session
 
@@ -43,6 +44,16 @@ def graph(body: str, outputs: str) -> ir.Graph:
 def test_detection_by_the_last_activation(body: str, kind: str, source: str):
     (head,) = detect_heads(graph(body, "float[N, 4] y"))
     assert (head.output, head.kind, head.source) == ("y", kind, source)
+
+
+def test_log_probabilities_are_logits():
+    random = np.random.default_rng(0)
+    old, new = (scipy.special.log_softmax(random.standard_normal((9, 4)), 1).astype(np.float32) for _ in range(2))
+    (head,) = detect_heads(graph("y = LogSoftmax<axis = 1>(h)", "float[N, 4] y"))
+    comparison = compare(HeadSpec("y", head.kind, head.probabilities, head.axis))
+    comparison.update(old, new)
+    expected = scipy.special.rel_entr(np.exp(old), np.exp(new)).sum(1).mean()
+    assert comparison.result().kl == pytest.approx(expected, rel=1e-5) != 0
 
 
 def test_the_class_axis_is_that_of_the_softmax():

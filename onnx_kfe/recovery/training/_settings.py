@@ -10,7 +10,7 @@ from onnx_kfe.recovery.training._schedule import SCHEDULES
 
 __all__ = ["OPTIMIZERS", "Epoch", "Settings", "learning_rate_of"]
 
-OPTIMIZERS = {"sgd": 0.02, "adamw": 5e-4}
+OPTIMIZERS = {"sgd": 0.005, "adamw": 5e-4}
 """The peak of the learning rate where none is given, by optimizer."""
 
 

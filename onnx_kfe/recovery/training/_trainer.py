@@ -29,7 +29,7 @@ from onnx_kfe.recovery.training._settings import Epoch, Settings
 
 __all__ = ["Trainer"]
 
-_LARGEST_NORM = 5.0  # of a gradient
+_LARGEST_NORM = 1.0  # of a gradient
 _EXPLODED = 10.0  # times the loss before training, or T^2 nats if that is more
 _PATIENCE = 5  # epochs at a falling learning rate without a lower loss on held-back samples
 
