@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Course"]
 
 _HELD_BACK = 0.1
+_MOST_HELD_BACK = 512
 _TEMPERATURE = 2.0
 
 
@@ -73,7 +74,8 @@ class Course:
             epochs, DEFAULT_BATCH, learning_rate_of("sgd", None), "sgd", "one-cycle", _TEMPERATURE, 0.0,
             image_input(specs) is not None, self.seed,
         )  # fmt: skip
-        used, held_back = self.samples.split(_HELD_BACK)
+        count = self.samples.count()
+        used, held_back = self.samples.split(_HELD_BACK if count is None else min(_HELD_BACK, _MOST_HELD_BACK / count))
         with joined(None) as ranks:
             trained = train(
                 model, module, self.teacher, self.heads, specs, used, held_back, settings, ranks, memory=self.memory,
