@@ -22,6 +22,7 @@ from onnx_kfe.graph import Network, open_network
 from onnx_kfe.kfe import BASES
 from onnx_kfe.pipeline import DEFAULT_SAMPLES
 from onnx_kfe.planning import DEFAULT_ROUND_TO, METHODS, Budget, Latency, Macs, Milliseconds, Params
+from onnx_kfe.recovery.schedules import SCHEDULES as PRUNING_SCHEDULES
 from onnx_kfe.recovery.training import OPTIMIZERS, SCHEDULES
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Sampling",
     "Search",
     "Selection",
+    "Taught",
     "Training",
     "flattened",
     "parse_bytes",
@@ -75,6 +77,8 @@ _SEARCH_HELP = f"bandit: refine the plan by measuring models, {DEFAULT_EVALUATIO
 _METHOD_HELP = f"What goes: {', '.join(METHODS)}; by an importance, channels go, so that no nodes are added."
 _BASIS_HELP = f"What an importance is of: {', '.join(BASES)}; channels by default."
 _CHANNELS_HELP = "Remove channels first, to this share of the MACs, then choose forms."
+_SCHEDULE_HELP = f"Prune while training, half of the epochs: {', '.join(PRUNING_SCHEDULES)}."
+_FINETUNE_HELP = "Epochs of training, from the original on the data (extra: train); over all iterations together."
 _CURVATURE_HELP = f"{' or '.join(CURVATURES)}: ekfac measures variances in the eigenbases, in a second pass."
 Curvature = Annotated[str, typer.Option("--curvature", help=_CURVATURE_HELP)]
 _OPTIMIZER_HELP = f"One of {', '.join(OPTIMIZERS)}."
@@ -232,6 +236,19 @@ class Recovery:
     def given(self) -> dict[str, Any]:
         """The keyword arguments of the API."""
         return {"refit": not self.no_refit, "memory": parse_bytes(self.memory)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught:
+    """How pruning and training go together."""
+
+    schedule: Annotated[str | None, typer.Option("--schedule", help=_SCHEDULE_HELP)] = None
+    finetune: Annotated[int, typer.Option("--finetune", min=0, help=_FINETUNE_HELP)] = 0
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments of the API."""
+        return {"schedule": self.schedule, "epochs": self.finetune}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnx_kfe import calibration, recovery
 from onnx_kfe._bandit_search import refine_plan
+from onnx_kfe._course import Course
 from onnx_kfe._floor import Judge
 from onnx_kfe._latency_goal import Lap, Stadium
 from onnx_kfe._measure import Machine, head_specs, measure_latency, measure_quality, note_skipped
@@ -129,6 +130,8 @@ class Pruning:
                 round_to=round_to, recipe=self.recipe,
             )  # fmt: skip
             plan, laps = found.plan, found.laps
+            if self.recipe.schedule is not None:
+                return self._on_schedule(plan, laps)
             if evaluations is not None:
                 assert self.statistics is not None
                 assert self.samples.used is not None
@@ -138,6 +141,10 @@ class Pruning:
                     evaluations, self.progress,
                 )  # fmt: skip
         model, losses = self._rewritten(plan, self.progress, self.recovery.checkpoint)
+        if self.recipe.epochs:
+            course = self._course()
+            model = course.train(model, self.recipe.epochs)
+            course.done()
         return Result(self.network, model, plan, losses, self.statistics, source=self.source, laps=laps)
 
     def smallest(self, judge: Judge, kind: type[Budget], round_to: int | None) -> Result:
@@ -163,13 +170,43 @@ class Pruning:
             quiet = StagesOnly(self.progress)
             return collect(network, samples, self.heads, self.seed, (0, 1), self.machine, quiet, self.recipe.curvature)
 
+        course, epochs, count = self._course(), self.recipe.epochs, self.recipe.rounds
+
+        def trained(model: ir.Model) -> ir.Model:
+            place = course.parts
+            return course.train(model, epochs * (place + 1) // count - epochs * place // count)
+
         rounds = prune_in_rounds(
-            self.network, self.statistics, budgets, self.recipe, round_to, self.machine, collected, self.progress
+            self.network, self.statistics, budgets, self.recipe, round_to, self.machine, collected, self.progress,
+            trained if epochs else None,
         )  # fmt: skip
         narrowed = Narrowed(rounds.network, rounds.statistics, rounds.losses)
         model = self._written(narrowed, rounds.plan, rounds.chains, self.progress, self.recovery.checkpoint)
+        if epochs:
+            model = trained(model)
+            course.done()
         return Result(
             self.network, model, rounds.plan, rounds.losses, self.statistics, source=self.source, laps=rounds.laps
+        )  # fmt: skip
+
+    def _on_schedule(self, plan: Plan, laps: list[Lap]) -> Result:
+        """The model of which a schedule decides what goes, a plan how much."""
+        assert self.statistics is not None
+        assert self.recipe.schedule is not None
+        course = self._course()
+        model, plan = course.pruned(
+            self.network, self.statistics, plan, self.recipe.method.form, self.recipe.schedule, self.recipe.epochs
+        )  # fmt: skip
+        course.done()
+        return Result(self.network, model, plan, {}, self.statistics, source=self.source, laps=laps)
+
+    def _course(self) -> Course:
+        """What trains."""
+        assert self.statistics is not None
+        assert self.samples.used is not None
+        return Course(
+            self.network.original, head_specs(self.statistics.heads), self.samples.used, self.seed,
+            self.recovery.memory, self.machine.threads, self.recovery.checkpoint, self.progress,
         )  # fmt: skip
 
     def measure(self, result: Result) -> None:

@@ -26,6 +26,7 @@ from onnx_kfe.planning import (
     find_method,
 )
 from onnx_kfe.progress import Progress
+from onnx_kfe.recovery.schedules import find_schedule
 from onnx_kfe.rewrite import narrow
 
 __all__ = ["CURVATURES", "Planned", "Recipe", "make_plan", "make_planner"]
@@ -50,12 +51,16 @@ class Recipe:
             other.
         rounds: In how many rounds, with statistics collected anew in each.
         curvature: ``kfac``, or ``ekfac`` for variances measured in the eigenbases.
+        schedule: Key of `SCHEDULES`, which prunes while it trains; None for training behind pruning.
+        epochs: Epochs of training, 0 for none.
     """
 
     method: Method = field(default_factory=Method)
     channels: float | None = None
     rounds: int = 1
     curvature: str = "kfac"
+    schedule: str | None = None
+    epochs: int = 0
 
     @staticmethod
     def of(
@@ -64,6 +69,8 @@ class Recipe:
         channels: float | None = None,
         rounds: int = 1,
         curvature: str = "kfac",
+        schedule: str | None = None,
+        epochs: int = 0,
     ) -> Recipe:
         """The recipe that the options describe.
 
@@ -72,6 +79,8 @@ class Recipe:
         """
         if channels is not None and method in (None, "forms"):
             method = "channels"
+        if schedule is not None and method is None:
+            method, basis = ("channels", None) if basis in (None, "channel") else ("c-obd", basis)
         chosen = find_method(basis=basis) if method is None else find_method(method, basis)
         if channels is not None and chosen.basis != "channel":
             raise UsageError(f"--channels: they go by channels or {', '.join(IMPORTANCES)}, not by {chosen.name}")
@@ -88,12 +97,26 @@ class Recipe:
                 "--curvature ekfac: of the methods only eigendamage, eigendamage-depthwise and c-obd with --basis kfe "
                 "look at variances of eigendirections"
             )
-        return Recipe(chosen, channels, rounds, curvature)
+        recipe = Recipe(chosen, channels, rounds, curvature, schedule, epochs)
+        recipe._check_training()
+        return recipe
+
+    def _check_training(self) -> None:
+        if self.schedule is not None:
+            find_schedule(self.schedule)
+            if self.method.basis is None or self.method.name == "eigendamage-depthwise":
+                raise UsageError("--schedule: channels go, or with --basis kfe directions; drop --method")
+            if self.channels is not None or self.rounds > 1:
+                raise UsageError("--schedule prunes while it trains: drop --channels and --iterations")
+            if self.epochs < 2:
+                raise UsageError("--schedule prunes in the first half of the epochs: give --finetune 2 or more")
+        if 0 < self.epochs < self.rounds:
+            raise UsageError(f"--finetune {self.epochs}: give an epoch at least for each of --iterations {self.rounds}")
 
     @property
     def refits(self) -> bool:
-        """Whether the result is refitted: what is to be as published is not."""
-        return not self.method.name.startswith("eigendamage")
+        """Whether the result is refitted: what is to be as published is not, nor what was trained between rounds."""
+        return not self.method.name.startswith("eigendamage") and not (self.epochs and self.rounds > 1)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import onnx_ir as ir
+
 from onnx_kfe._latency_goal import Lap, Stadium, meet
 from onnx_kfe._measure import Machine
 from onnx_kfe._recipe import Recipe, make_planner
@@ -29,11 +31,13 @@ from onnx_kfe.planning import (
     three_factors,
 )
 from onnx_kfe.progress import Progress
-from onnx_kfe.rewrite import Chain, add_losses, narrow, write_chains
+from onnx_kfe.recovery.schedules import learnt_directions, with_weights
+from onnx_kfe.rewrite import Chain, FactorizePass, add_losses, narrow, write_chains
 
 __all__ = ["Rounds", "prune_in_rounds"]
 
 Collect = Callable[[Network], Statistics]
+Train = Callable[[ir.Model], ir.Model]
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def prune_in_rounds(
     machine: Machine,
     collect: Collect,
     progress: Progress,
+    train: Train | None = None,
 ) -> Rounds:
     """Prune by a share in each round, the same one, until the budgets are met (iterative pruning, Wang et al. 2019).
 
@@ -78,6 +83,7 @@ def prune_in_rounds(
         machine: What latency is of.
         collect: Collects statistics of what is left.
         progress: Shows what is going on.
+        train: Trains what is left after each round but the last, which is the caller's.
 
     Raises:
         BudgetError: The budgets cannot be met.
@@ -85,7 +91,7 @@ def prune_in_rounds(
     """
     steps = [[_step(budget, network, place / recipe.rounds) for budget in budgets] for place in range(1, recipe.rounds)]
     run = _channel_rounds if recipe.method.form is None else _direction_rounds
-    return run(network, statistics, [*steps, list(budgets)], recipe, round_to, machine, collect, progress)
+    return run(network, statistics, [*steps, list(budgets)], recipe, round_to, machine, collect, progress, train)
 
 
 def _step(budget: Budget, network: Network, share: float) -> Budget:
@@ -108,6 +114,7 @@ def _channel_rounds(
     machine: Machine,
     collect: Collect,
     progress: Progress,
+    train: Train | None = None,
 ) -> Rounds:
     found = Rounds(network, statistics, Plan(network.fingerprint, {}, network_cost(network)))
     for place, budgets in enumerate(steps):
@@ -118,8 +125,11 @@ def _channel_rounds(
         after = {name: tuple(before[name][n] for n in kept) if name in before else kept
                  for name, kept in plan.channels.items()}  # fmt: skip
         assert left.statistics is not None
+        inner = left.network
+        if train is not None and place < len(steps) - 1:
+            inner = with_weights(inner, train(inner.model))
         found = Rounds(
-            left.network, left.statistics, replace(plan, channels={**before, **after}),
+            inner, left.statistics, replace(plan, channels={**before, **after}),
             losses=add_losses(found.losses, left.losses), laps=laps,
         )  # fmt: skip
     choices = {name: replace(choice, loss=found.losses.get(name, 0.0)) for name, choice in found.plan.choices.items()}
@@ -149,6 +159,7 @@ def _direction_rounds(
     machine: Machine,
     collect: Collect,
     progress: Progress,
+    train: Train | None = None,
 ) -> Rounds:
     """Cores of the chains so far are layers in the next round, and the new rotations are folded into the old ones."""
     form = recipe.method.form
@@ -160,6 +171,8 @@ def _direction_rounds(
     for place, budgets in enumerate(steps):
         cores: dict[str, LayerProblem] = {}
         if place:
+            if train is not None:
+                network = state.learn(train)
             inner = state.network(plan, statistics)
             seen = collect(inner)
             cores = state.cores(inner, seen)
@@ -206,6 +219,16 @@ class _Bottlenecks:
                 self._kept[name], self._bias[name] = new, bias
             losses[name] = problem.loss(approximation)
         return losses
+
+    def learn(self, train: Train) -> Network:
+        """Train the chains and all else; gives the network with what layers beside the chains learnt."""
+        chains = {name: self._chain(name, three_factors) for name in self._kept}
+        model = train(FactorizePass(chains)(self._network.model.clone()).model)
+        self._network = with_weights(self._network, model)
+        self._layers = {layer.name: layer for layer in self._network.layers}
+        for name in chains:
+            self._kept[name], self._bias[name] = learnt_directions(self._network, name, self._form.name, model)
+        return self._network
 
     def network(self, plan: Plan, statistics: Statistics) -> Network:
         """The network of the chains so far, opened anew at the same shapes."""

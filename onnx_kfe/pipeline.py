@@ -232,6 +232,8 @@ def prune(
     basis: str | None = None,
     channels: float | None = None,
     iterations: int = 1,
+    schedule: str | None = None,
+    epochs: int = 0,
     curvature: str = "kfac",
     round_to: int | None = None,
     seed: int = 0,
@@ -267,6 +269,10 @@ def prune(
         basis: What an importance is of: ``channel`` (when None) or ``kfe``.
         channels: Remove channels first, until this share of the MACs is left, and choose forms for the rest.
         iterations: Rounds of a method by importance, each with statistics collected anew on what is left.
+        schedule: Key of `SCHEDULES`: prune while training, in the first half of the epochs. How many channels (or, with
+            the basis ``kfe``, directions) go where is as the method plans it; the schedule decides which.
+        epochs: Epochs in which the smaller model learns from the original on the data, after pruning (divided over the
+            iterations) or while pruning on a schedule. 0 for no training.
         curvature: ``kfac``, or ``ekfac`` for importances by variances measured in the eigenbases.
         round_to: Ranks are multiples of this (smaller ones for small layers); 16 when None, and with a latency what was
             measured to run fast. Of eigendirections any number is kept when None.
@@ -292,7 +298,7 @@ def prune(
         UsageError: The arguments do not fit together.
     """
     check_floor(max_drop, metric, plan, data, evaluation_data)
-    recipe = Recipe.of(method, basis, channels, iterations, curvature)
+    recipe = Recipe.of(method, basis, channels, iterations, curvature, schedule, epochs)
     _check_together(recipe, method, data, plan, max_drop, evaluations)
     shown = progress or Progress()
     network = inspect(model)
@@ -331,8 +337,10 @@ def _check_together(
         UsageError: Which, and what to do.
     """
     made = isinstance(plan, Plan)
-    if made and (method is not None or recipe.channels is not None or recipe.rounds > 1):
-        raise UsageError("--plan already says what to do: drop --method, --channels and --iterations, or drop --plan")
+    if made and (method is not None or recipe.channels is not None or recipe.rounds > 1 or recipe.schedule is not None):
+        raise UsageError(
+            "--plan already says what to do: drop --method, --channels, --iterations and --schedule, or drop --plan"
+        )
     if evaluations is not None and (made or max_drop is not None or data is None or recipe != Recipe()):
         raise UsageError(
             "--search refines the forms of a plan for a budget on samples: give --data, and no --plan, --max-drop or "
@@ -340,7 +348,9 @@ def _check_together(
         )
     if evaluations is not None and isinstance(data, Statistics):
         raise UsageError("--search measures models on samples: give --data beside the statistics")
-    if max_drop is not None and (recipe.channels is not None or recipe.rounds > 1):
-        raise UsageError("--max-drop looks for the size by itself: drop --channels and --iterations")
+    if max_drop is not None and (recipe.channels is not None or recipe.rounds > 1 or recipe.epochs):
+        raise UsageError("--max-drop looks for the size by itself: drop --channels, --iterations and --finetune")
+    if recipe.epochs and (data is None or isinstance(data, Statistics)):
+        raise UsageError("--finetune trains on samples: give --data")
     if recipe.rounds > 1 and (data is None or isinstance(data, Statistics)):
         raise UsageError("--iterations collects statistics anew in each round: give --data")

@@ -107,13 +107,18 @@ class Flow:
             return
         if operand(node, place).is_graph_output():
             self.freeze(node, ids, f"reads a graph output '{operand(node, place).name}'")
-        self.edit(node, place, ids, lambda array, keep: np.compress(keep(ids), _there(array), axis))
+        self.edit(node, place, ids, lambda array, keep: np.compress(keep(ids), _there(array), axis), axis)
 
     def edit(
-        self, node: ir.Node, place: int | str, ids: Ids, edit: Callable[[Constant | None, Keep], Constant | None]
+        self,
+        node: ir.Node,
+        place: int | str,
+        ids: Ids,
+        edit: Callable[[Constant | None, Keep], Constant | None],
+        axis: int | None = None,
     ) -> None:
         """Note a site; see `Site`."""
-        self.sites.append(Site(node, place, ids, edit))
+        self.sites.append(Site(node, place, ids, edit, axis))
 
     def count(self, node: ir.Node, place: int | str, entries: Mapping[int, Ids | None], of: Axes = ()) -> None:
         """Have entries of integers, at an input or in an attribute, be the number of coordinates that are kept.

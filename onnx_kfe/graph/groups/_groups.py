@@ -123,6 +123,12 @@ class ChannelGroups:
         kept_coordinates = left[self._roots]
         return lambda ids: np.where(ids == STAYS, True, kept_coordinates[ids])
 
+    def units(self, name: str, ids: Ids) -> Ids:
+        """For each coordinate the unit of a group, -1 where it is of none."""
+        index = np.full(len(self._roots) + 1, STAYS)  # the last for coordinates that stay
+        index[self._units[name]] = np.arange(len(self._units[name]))
+        return index[np.append(self._roots, STAYS)[ids]]
+
     def cut(self, kept: Mapping[str, Mask]) -> dict[str, LayerCut]:
         """What is left of every linear layer of the network, by name, where only some units are kept.
 

@@ -28,12 +28,14 @@ class Site:
         place: The index of a constant input, or the name of an attribute of integers.
         ids: The coordinates that it depends on.
         edit: `(what is there now, which are kept) -> what is to be there`; None for nothing.
+        axis: The axis of a constant that loses the indices of coordinates that go; None where it is edited otherwise.
     """
 
     node: ir.Node
     place: int | str
     ids: Ids
     edit: Callable[[Constant | None, Keep], Constant | None]
+    axis: int | None = None
 
 
 @dataclass(frozen=True)

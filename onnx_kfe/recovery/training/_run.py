@@ -19,6 +19,7 @@ from onnx_kfe.evaluation import HeadSpec
 from onnx_kfe.graph import fingerprint
 from onnx_kfe.progress import Progress
 from onnx_kfe.recovery.training._checkpoint import Checkpoint
+from onnx_kfe.recovery.training._hook import Hook
 from onnx_kfe.recovery.training._lesson import Lesson
 from onnx_kfe.recovery.training._losses import Objective
 from onnx_kfe.recovery.training._module import write_back
@@ -66,6 +67,7 @@ def train(
     threads: int | None,
     checkpoint: Path | None,
     progress: Progress,
+    hook: Hook | None = None,
 ) -> Trained:
     """Train a model.
 
@@ -83,6 +85,7 @@ def train(
         threads: Threads; those that torch uses by itself when None.
         checkpoint: Folder of the state.
         progress: Shows what is going on.
+        hook: Intervenes in the steps; the weights are then those of the last step.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; the state is kept.
@@ -95,16 +98,18 @@ def train(
             heads = with_scales(heads, make, batches(held, settings.batch, inputs))
         if settings.label_share > 0:
             _check_labels(module, heads, inputs, samples, held, ranks)
-        key = _key(model, teacher, heads, settings, samples, held, ranks)
+        key = _key(model, teacher, heads, settings, samples, held, ranks, hook)
         kept = Checkpoint(checkpoint, key)
         lesson = Lesson(Objective(heads, settings.temperature, settings.label_share), make, inputs, ranks.device)
-        trainer = Trainer(module, lesson, samples, held, settings, ranks, kept, progress)
+        trainer = Trainer(module, lesson, samples, held, settings, ranks, kept, progress, hook)
         trainer.run()
+    if hook is not None and trainer.stopped is not None:
+        raise KfeError(f"{trainer.stopped}, while it was pruned")
     if trainer.stopped is not None:
         if trainer.stopped.startswith("diverged") and trainer.best.number == 0:
             raise KfeError(f"{trainer.stopped}; nothing was gained before: try a lower --learning-rate")
         progress.note(f"{trainer.stopped}; the weights are those of epoch {trainer.best.number}")
-    if trainer.best.number == 0:
+    if hook is None and trainer.best.number == 0:
         progress.note("no epoch was better on held-back samples than the model as it was given: it stays as it was")
     return Trained(write_back(module, model), trainer.history, trainer.best, trainer.stopped, kept)
 
@@ -136,12 +141,13 @@ def _key(
     samples: Samples,
     held: Samples,
     ranks: Ranks,
+    hook: Hook | None,
 ) -> str:
     """What decides on the result."""
     identity = [
         fingerprint(model), None if teacher is None else fingerprint(teacher),
         [dataclasses.astuple(head) for head in heads], dataclasses.asdict(settings),
-        samples.digest, held.digest, ranks.size,
+        samples.digest, held.digest, ranks.size, *(() if hook is None else (hook.identity,)),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 

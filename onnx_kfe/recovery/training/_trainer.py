@@ -19,6 +19,7 @@ from onnx_kfe.progress import Progress
 from onnx_kfe.recovery.training._augment import augmented, image_input
 from onnx_kfe.recovery.training._average import Average, tensors
 from onnx_kfe.recovery.training._checkpoint import Checkpoint, finishing_steps
+from onnx_kfe.recovery.training._hook import Hook
 from onnx_kfe.recovery.training._lesson import Lesson
 from onnx_kfe.recovery.training._optimizer import load_moments, make_optimizer, moments
 from onnx_kfe.recovery.training._ranks import Ranks
@@ -46,6 +47,7 @@ class Trainer:
         ranks: The processes that train together.
         checkpoint: Where the state is kept.
         progress: Shows what is going on.
+        hook: Intervenes in the steps; the module then has its last weights in the end, not its best.
         history: The epochs so far.
         stopped: Why training ended before the last epoch; None where it did not.
 
@@ -61,6 +63,7 @@ class Trainer:
     ranks: Ranks
     checkpoint: Checkpoint
     progress: Progress
+    hook: Hook | None = None
     history: list[Epoch] = field(default_factory=list)
     stopped: str | None = None
 
@@ -98,7 +101,10 @@ class Trainer:
                     self._lost = 0.0
                     self._save(interrupted)
                     self._say((time.monotonic() - started) / (self._step - first) * (self._steps - self._step))
-        self.module.load_state_dict(self._best)
+        if self.hook is None:
+            self.module.load_state_dict(self._best)
+        else:
+            self.hook.finish()
 
     @property
     def best(self) -> Epoch:
@@ -136,10 +142,14 @@ class Trainer:
         total = self.ranks.add_up(self._parameters, total)
         if math.isfinite(total):
             nn.utils.clip_grad_norm_(self._parameters, _LARGEST_NORM)
+            if self.hook is not None:
+                self.hook.after_backward(self._step, self._steps)
             factor = SCHEDULES[self.settings.schedule](self._step, self._steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * factor
             self._optimizer.step()
+            if self.hook is not None:
+                self.hook.after_step(self._step, self._steps)
             self._average.update(self._step)
         return total
 
@@ -165,7 +175,7 @@ class Trainer:
         self.history.append(epoch)
         if self.best is epoch:
             self._best = tensors(self._average.module)
-        elif self._losing():
+        elif self.hook is None and self._losing():
             self.stopped = f"no lower loss on held-back samples for {_PATIENCE} epochs"
 
     def _losing(self) -> bool:
@@ -190,7 +200,7 @@ class Trainer:
         if self.ranks.first:
             parts = {
                 "module": tensors(self.module), "average": tensors(self._average.module), "best": self._best,
-                "moments": moments(self._optimizer),
+                "moments": moments(self._optimizer), "hook": {} if self.hook is None else self.hook.state(),
             }  # fmt: skip
             epochs = [dataclasses.astuple(epoch) for epoch in self.history]
             state = {"step": self._step, "lost": self._lost, "history": epochs, "stopped": self.stopped}
@@ -211,6 +221,8 @@ class Trainer:
         self._average.module.load_state_dict(parts["average"])
         self._best = parts["best"]
         load_moments(self._optimizer, parts.get("moments", {}))
+        if self.hook is not None:
+            self.hook.load(parts["hook"])
         self._step, self._lost, self.stopped = state["step"], state["lost"], state["stopped"]
         self.history = [Epoch(*values) for values in state["history"]]
         self.progress.note(f"going on after {self._step} of {self._steps} steps")
