@@ -28,6 +28,7 @@ __all__ = ["Course"]
 _HELD_BACK = 0.1
 _MOST_HELD_BACK = 512
 _TEMPERATURE = 2.0
+_STEEP = 0.03  # learning rate for models that lose much at once: the usual one mends too little in as many steps
 
 
 @dataclass
@@ -56,13 +57,21 @@ class Course:
     progress: Progress
     parts: int = field(default=0)
 
-    def train(self, model: ir.Model, epochs: int, make_hook: Callable[[OnnxModule], Hook] | None = None) -> ir.Model:
+    def train(
+        self,
+        model: ir.Model,
+        epochs: int,
+        learning_rate: float | None = None,
+        make_hook: Callable[[OnnxModule], Hook] | None = None,
+    ) -> ir.Model:
         """A model with trained weights.
 
         Args:
             model: The model; it is not modified.
             epochs: Passes over the samples.
-            make_hook: Gives what intervenes in the steps; the weights are then the last, not the best.
+            learning_rate: Its peak; that of the optimizer when None.
+            make_hook: Gives what intervenes in the steps, at a constant learning rate; the weights are then the last,
+                not the best.
         """
         module = to_torch(model)
 
@@ -71,8 +80,9 @@ class Course:
 
         specs = input_specs(model)
         settings = Settings(
-            epochs, DEFAULT_BATCH, learning_rate_of("sgd", None), "sgd", "one-cycle", _TEMPERATURE, 0.0,
-            image_input(specs) is not None, self.seed,
+            epochs, DEFAULT_BATCH, learning_rate_of("sgd", learning_rate), "sgd",
+            "one-cycle" if make_hook is None else "constant", _TEMPERATURE, 0.0, image_input(specs) is not None,
+            self.seed,
         )  # fmt: skip
         count = self.samples.count()
         used, held_back = self.samples.split(_HELD_BACK if count is None else min(_HELD_BACK, _MOST_HELD_BACK / count))
@@ -116,9 +126,9 @@ class Course:
             hooks.append(kind(find_units(subject.network, module, subject.targets, subject.cores), self.seed))
             return hooks[0]
 
-        trained = self.train(subject.network.model, (epochs + 1) // 2, make_hook)
+        trained = self.train(subject.network.model, (epochs + 1) // 2, _STEEP, make_hook)
         model, plan = subject.without(trained, hooks[0].kept())
-        return self.train(model, epochs // 2), plan
+        return self.train(model, epochs // 2, _STEEP), plan
 
     def done(self) -> None:
         """Remove the checkpoints, when all is done."""

@@ -3,15 +3,16 @@
     python -m tools.reproduce.schedules resnet20 --macs 0.4 --epochs 20 --json schedules.json
 
 Models learn from the original on unlabelled training images and are scored on the test set. One shot, then fine-tuning,
-is the baseline; the iterative rows prune in seven rounds (or in as many as there are epochs). In the channel basis plans
-are by the method ``channels``, in the KFE by ``c-obd``. Latency is that of batch 1 on one thread, as a ratio to the
-original in the same run. Needs the assets, and torch.
+is the baseline; the iterative rows prune in seven rounds (or in as many as there are epochs). In the channel basis
+plans are by the method ``channels``, in the KFE by ``c-obd``. Latency is that of batch 1 on one thread, as a ratio to
+the original in the same run. Needs the assets, and torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def measured(
         network, images, kfe.Macs(macs), max_samples=None, round_to=1, threads=1, measure=False,
         progress=ShownProgress(), **options,
     )  # fmt: skip
-    timings = kfe.benchmark([network.original, result.ir_model], threads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        result.save(small := Path(folder) / "small.onnx")
+        timings = kfe.benchmark([network.name, small], threads=1)
     return {
         "top1": top1(serialize(result.ir_model), *test),
         "macs": result.report["macs"]["after"] / result.report["macs"]["before"],

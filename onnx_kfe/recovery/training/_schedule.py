@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-__all__ = ["SCHEDULES", "cosine", "one_cycle"]
+__all__ = ["SCHEDULES", "constant", "cosine", "one_cycle"]
 
 _SHORT_WARM_UP = 0.05
 _LONG_WARM_UP = 0.3
@@ -31,6 +31,16 @@ def one_cycle(step: int, steps: int) -> float:
     return _rise_and_fall(step, steps, _LONG_WARM_UP)
 
 
+def constant(step: int, steps: int) -> float:
+    """The same short warm-up, then 1: for what goes on to change until the last step, as it is pruned.
+
+    Args:
+        step: Number of the step, from 0.
+        steps: Steps in all.
+    """
+    return min((step + 1) / (math.ceil(_SHORT_WARM_UP * steps) + 1), 1.0)
+
+
 def _rise_and_fall(step: int, steps: int, warm_up: float) -> float:
     rising = math.ceil(warm_up * steps)
     if step < rising:
@@ -38,5 +48,5 @@ def _rise_and_fall(step: int, steps: int, warm_up: float) -> float:
     return (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1))) / 2
 
 
-SCHEDULES: dict[str, Callable[[int, int], float]] = {"one-cycle": one_cycle, "cosine": cosine}
+SCHEDULES: dict[str, Callable[[int, int], float]] = {"one-cycle": one_cycle, "cosine": cosine, "constant": constant}
 """By name: the share of the peak from number of the step and of steps."""

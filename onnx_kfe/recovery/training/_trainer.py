@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -116,6 +117,8 @@ class Trainer:
         number, done = divmod(self._step, self._per_epoch)
         order = np.random.default_rng((self.settings.seed, number)).permutation(len(self.samples))
         limit = _EXPLODED * max(self.history[0].held_back, self.settings.temperature**2)
+        if self.hook is not None:
+            limit = sys.float_info.max  # what is taken away may cost any finite loss
         title = f"epoch {number + 1}/{self.settings.epochs}"
         with self.progress.stage(title, (self._per_epoch - done) * self._batch) as advance:
             for place in range(done, self._per_epoch):

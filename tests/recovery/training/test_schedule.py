@@ -27,3 +27,9 @@ def test_up_once_and_down_to_nothing(name: str, warm_up: float, steps: int) -> N
 def test_few_steps_are_steps_too(name: str) -> None:
     for steps in (1, 2, 3):
         assert all(0 < SCHEDULES[name](step, steps) <= 1 for step in range(steps))
+
+
+def test_constant_stays_up() -> None:
+    factors = np.array([SCHEDULES["constant"](step, 1000) for step in range(1000)])
+    assert (np.diff(factors[:50]) > 0).all()
+    assert (factors[50:] == 1).all()
