@@ -298,7 +298,10 @@ def _print_changes(plan: Plan) -> None:
     _print_skipped(plan.skipped, "left alone")
     for name, kept in plan.channels.items():
         print_line(f"channels of {name}: {len(kept)} kept")
-    print_line(f"{len(plan.changed)} layers changed, {len(plan.choices) - len(plan.changed)} best as they are")
+    if plan.channels:
+        print_line(f"{len(plan.channels)} channel groups narrowed, {len(plan.changed)} layers changed in form")
+    else:
+        print_line(f"{len(plan.changed)} layers changed, {len(plan.choices) - len(plan.changed)} best as they are")
 
 
 def _print_skipped(reasons: Mapping[str, str], title: str) -> None:
