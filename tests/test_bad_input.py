@@ -378,12 +378,12 @@ def test_floors(fails: Fails) -> None:
 
 
 METHODS = {
-    "unknown": (("--method", "magic"), "--method magic: it can be forms, eigendamage"),
+    "unknown": (("--method", "magic"), "--method magic: it can be forms, channels, eigendamage"),
     "basis": (("--method", "c-obd", "--basis", "fourier"), "--basis fourier: it can be channel, kfe"),
     "basis of forms": (("--basis", "kfe"), "--basis kfe: it goes with --method magnitude-l1"),
     "taylor in the kfe": (("--method", "taylor", "--basis", "kfe"), "--basis kfe: taylor is defined in channel only"),
     "channels": (("--channels", "0"), "--channels 0.0: give a fraction of the original"),
-    "channels by directions": (("--channels", "0.5", "--method", "eigendamage"), "--channels: channels go by .*, not"),
+    "channels by directions": (("--channels", "0.5", "--method", "eigendamage"), "--channels: they go by .*, not by"),
     "rounds": (("--iterations", "2"), "--iterations: forms are chosen at once; it goes with other methods"),
     "rounds of both": (("--iterations", "2", "--channels", "0.5"), "--iterations: .*without --channels"),
     "no round": (("--method", "kron-obs", "--iterations", "0"), "--iterations.*(range|greater)"),

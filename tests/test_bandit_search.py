@@ -110,7 +110,7 @@ def test_the_command(cli, tmp_path: Path, monkeypatch, quick_benchmark):
     for options, message in (
         (("--search", "magic"), "--search magic: it can be bandit"),
         (("--evaluations", 10), "--evaluations is how much --search may measure: give --search bandit too"),
-        (("--search", "bandit", "--max-drop", 0.1), "--search refines the plan for a budget on samples"),
+        (("--search", "bandit", "--max-drop", 0.1), "--search refines the forms of a plan for a budget on samples"),
         (("--minimize", "latency"), "--minimize says what --max-drop makes small: give --max-drop too"),
         (("--minimize", "size", "--max-drop", 0.1), "--minimize size: it can be macs, params, latency"),
     ):

@@ -3,11 +3,11 @@
     python -m tools.reproduce.methods_one_shot resnet20 --statistics resnet20.safetensors --json methods.json
 
 Importances in channel coordinates and in the Kronecker-factored eigenbasis (KFE), EigenDamage, our channels and forms,
-and what onnxsim offers. Statistics come from 1,000 unlabelled calibration samples, once for all methods. CIFAR-10 ResNets are
-scored on the first 5,000 test images, other models on samples that were not calibrated on. Channels, directions and
-ranks are not rounded to a grid (``round_to=1``), so that every method comes as near to its budget as it can; onnxsim
-is given the sparsity that brings it nearest. MACs and parameters are counted on the written graphs. Speeds are of
-single samples on two threads, all models of a row in one race with the original. Needs the assets.
+and what onnxsim offers. Statistics come from 1,000 unlabelled calibration samples, once for all methods. CIFAR-10
+ResNets are scored on the first 5,000 test images, other models on samples that were not calibrated on. Channels,
+directions and ranks are not rounded to a grid (``round_to=1``), so that every method comes as near to its budget as it
+can; onnxsim is given the sparsity that brings it nearest. MACs and parameters are counted on the written graphs. Speeds
+are of single samples on two threads, all models of a row in one race with the original. Needs the assets.
 """
 
 from __future__ import annotations
