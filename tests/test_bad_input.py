@@ -396,7 +396,7 @@ METHODS = {
     "a plan": (("--plan", "plan.json", "--method", "taylor"), "--plan already says what to do: drop --method"),
     "a plan and channels": (("--plan", "plan.json", "--channels", "0.5"), "--plan already says .*: drop .*--channels"),
     "search": (("--search", "bandit", "--method", "taylor"), "--search refines the forms .*no .*other --method"),
-    "a floor and channels": (("--max-drop", "0.3", "--channels", "0.5"), "--max-drop .*: drop --channels and"),
+    "a floor and channels": (("--max-drop", "0.3", "--channels", "0.5"), "--max-drop .*: drop --channels"),
     "a floor and rounds": (
         ("--max-drop", "0.3", "--method", "taylor", "--iterations", "2"), "--max-drop .*: drop .*--iterations",
     ),
