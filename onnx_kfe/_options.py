@@ -52,6 +52,7 @@ __all__ = [
     "parse_bytes",
     "parse_shapes",
     "parse_shard",
+    "required",
 ]
 
 Model = Annotated[Path, typer.Argument(help="The .onnx file; it is never modified.")]
@@ -325,6 +326,13 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def required(data: list[str] | None) -> list[str]:
+    """The data that a command cannot do without."""
+    if not data:
+        raise UsageError("give --data: an image folder, .npz, .npy, test_data_set folder, or package.module:function")
+    return data
 
 
 def parse_shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:

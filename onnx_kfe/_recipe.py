@@ -29,10 +29,9 @@ from onnx_kfe.progress import Progress
 from onnx_kfe.recovery.schedules import find_schedule
 from onnx_kfe.rewrite import narrow
 
-__all__ = ["CURVATURES", "Planned", "Recipe", "make_plan", "make_planner"]
+__all__ = ["CURVATURES", "Planned", "Recipe", "make_plan", "make_planner", "plan_by", "stadium_for"]
 
 CURVATURES = ("kfac", "ekfac")
-_USE_VARIANCES = ("eigendamage", "eigendamage-depthwise", "c-obd")
 
 
 class _Channels(Macs):
@@ -92,7 +91,7 @@ class Recipe:
             raise UsageError("--iterations: forms are chosen at once; it goes with other methods, without --channels")
         if curvature not in CURVATURES:
             raise UsageError(f"--curvature {curvature}: it can be {', '.join(CURVATURES)}")
-        if curvature == "ekfac" and (chosen.basis != "kfe" or chosen.name not in _USE_VARIANCES):
+        if curvature == "ekfac" and (chosen.basis != "kfe" or IMPORTANCES[chosen.importance].needs != "variances"):
             raise UsageError(
                 "--curvature ekfac: of the methods only eigendamage, eigendamage-depthwise and c-obd with --basis kfe "
                 "look at variances of eigendirections"
@@ -175,15 +174,32 @@ def _planned(
     round_to: int | None,
     method: Method,
 ) -> Planned:
-    stadium = Stadium(network, machine) if any(isinstance(budget, Latency) for budget in budgets) else None
+    stadium = stadium_for(network, machine, budgets)
     kind = type(budgets[0]) if budgets else Macs
     planner = make_planner(network, statistics, method, kind, round_to, stadium, progress)
+    if isinstance(planner, Planner) and not budgets and statistics is None:
+        with progress.stage("planning"):
+            return Planned(planner.smallest(), [], planner)
+    return plan_by(planner, network, budgets, stadium, progress)
+
+
+def stadium_for(network: Network, machine: Machine, budgets: Sequence[Budget]) -> Stadium | None:
+    """Where models are timed, if one of the budgets is of latency."""
+    return Stadium(network, machine) if any(isinstance(budget, Latency) for budget in budgets) else None
+
+
+def plan_by(
+    planner: AnyPlanner, network: Network, budgets: Sequence[Budget], stadium: Stadium | None, progress: Progress
+) -> Planned:
+    """The plan of a planner for budgets, timed where there is a stadium.
+
+    Raises:
+        BudgetError: The budgets cannot be met.
+    """
     if stadium is not None:
         plan, laps = meet(network, planner, budgets, stadium, progress)
         return Planned(plan, laps, planner)
     with progress.stage("planning"):
-        if isinstance(planner, Planner) and not budgets and statistics is None:
-            return Planned(planner.smallest(), [], planner)
         return Planned(planner.plan(*budgets), [], planner)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from onnx_kfe._latency_goal import Lap, Stadium, meet
+from onnx_kfe._latency_goal import Lap
 from onnx_kfe._measure import Machine
-from onnx_kfe._recipe import Recipe, make_planner
+from onnx_kfe._recipe import Recipe, make_plan, plan_by, stadium_for
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import UsageError
 from onnx_kfe.graph import Geometry, Network, open_network
@@ -23,6 +23,7 @@ from onnx_kfe.planning import (
     Latency,
     LayerProblem,
     Macs,
+    Method,
     Milliseconds,
     Plan,
     Stage,
@@ -61,6 +62,18 @@ class Rounds:
     laps: list[Lap] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Terms:
+    """What all rounds have in common; attributes as the arguments of `prune_in_rounds`."""
+
+    method: Method
+    round_to: int | None
+    machine: Machine
+    collect: Collect
+    progress: Progress
+    train: Train | None
+
+
 def prune_in_rounds(
     network: Network,
     statistics: Statistics,
@@ -91,7 +104,8 @@ def prune_in_rounds(
     """
     steps = [[_step(budget, network, place / recipe.rounds) for budget in budgets] for place in range(1, recipe.rounds)]
     run = _channel_rounds if recipe.method.form is None else _direction_rounds
-    return run(network, statistics, [*steps, list(budgets)], recipe, round_to, machine, collect, progress, train)
+    terms = _Terms(recipe.method, round_to, machine, collect, progress, train)
+    return run(network, statistics, [*steps, list(budgets)], terms)
 
 
 def _step(budget: Budget, network: Network, share: float) -> Budget:
@@ -106,63 +120,37 @@ def _step(budget: Budget, network: Network, share: float) -> Budget:
 
 
 def _channel_rounds(
-    network: Network,
-    statistics: Statistics,
-    steps: Sequence[Sequence[Budget]],
-    recipe: Recipe,
-    round_to: int | None,
-    machine: Machine,
-    collect: Collect,
-    progress: Progress,
-    train: Train | None = None,
+    network: Network, statistics: Statistics, steps: Sequence[Sequence[Budget]], terms: _Terms
 ) -> Rounds:
     found = Rounds(network, statistics, Plan(network.fingerprint, {}, network_cost(network)))
     for place, budgets in enumerate(steps):
-        seen = collect(found.network) if place else statistics
-        plan, laps = _planned(found.network, seen, budgets, recipe, round_to, machine, progress)
+        seen = terms.collect(found.network) if place else statistics
+        chosen = make_plan(
+            found.network, seen, budgets, terms.machine, terms.progress, round_to=terms.round_to,
+            recipe=Recipe(terms.method),
+        )  # fmt: skip
+        plan = chosen.plan
         left = narrow(found.network, plan, seen)
         before = found.plan.channels
         after = {name: tuple(before[name][n] for n in kept) if name in before else kept
                  for name, kept in plan.channels.items()}  # fmt: skip
         assert left.statistics is not None
         inner = left.network
-        if train is not None and place < len(steps) - 1:
-            inner = with_weights(inner, train(inner.model))
+        if terms.train is not None and place < len(steps) - 1:
+            inner = with_weights(inner, terms.train(inner.model))
         found = Rounds(
             inner, left.statistics, replace(plan, channels={**before, **after}),
-            losses=add_losses(found.losses, left.losses), laps=laps,
+            losses=add_losses(found.losses, left.losses), laps=chosen.laps,
         )  # fmt: skip
     choices = {name: replace(choice, loss=found.losses.get(name, 0.0)) for name, choice in found.plan.choices.items()}
     return replace(found, plan=replace(found.plan, choices=choices))
 
 
-def _planned(
-    network: Network,
-    statistics: Statistics,
-    budgets: Sequence[Budget],
-    recipe: Recipe,
-    round_to: int | None,
-    machine: Machine,
-    progress: Progress,
-) -> tuple[Plan, list[Lap]]:
-    stadium = Stadium(network, machine) if any(isinstance(budget, Latency) for budget in budgets) else None
-    planner = make_planner(network, statistics, recipe.method, type(budgets[0]), round_to, stadium, progress)
-    return (planner.plan(*budgets), []) if stadium is None else meet(network, planner, budgets, stadium, progress)
-
-
 def _direction_rounds(
-    network: Network,
-    statistics: Statistics,
-    steps: Sequence[Sequence[Budget]],
-    recipe: Recipe,
-    round_to: int | None,
-    machine: Machine,
-    collect: Collect,
-    progress: Progress,
-    train: Train | None = None,
+    network: Network, statistics: Statistics, steps: Sequence[Sequence[Budget]], terms: _Terms
 ) -> Rounds:
     """Cores of the chains so far are layers in the next round, and the new rotations are folded into the old ones."""
-    form = recipe.method.form
+    form = terms.method.form
     assert form is not None
     state = _Bottlenecks(network, form)
     plan = Plan(network.fingerprint, {}, network_cost(network))
@@ -171,23 +159,21 @@ def _direction_rounds(
     for place, budgets in enumerate(steps):
         cores: dict[str, LayerProblem] = {}
         if place:
-            if train is not None:
-                network = state.learn(train)
+            if terms.train is not None:
+                network = state.learn(terms.train)
             inner = state.network(plan, statistics)
-            seen = collect(inner)
+            seen = terms.collect(inner)
             cores = state.cores(inner, seen)
             dense = {name: seen.layers.get(name, before) for name, before in statistics.layers.items()}
             statistics = replace(statistics, layers=dense)
         settled = {name: choice for name, choice in plan.changed.items() if name not in cores}
-        stadium = Stadium(network, machine) if any(isinstance(budget, Latency) for budget in budgets) else None
+        stadium = stadium_for(network, terms.machine, budgets)
         planner = DirectionPlanner(
-            network, statistics, form, round_to=round_to, nanoseconds=0 if stadium is None else stadium.nanoseconds(),
-            cores=cores, settled=settled,
+            network, statistics, form, round_to=terms.round_to,
+            nanoseconds=0 if stadium is None else stadium.nanoseconds(), cores=cores, settled=settled,
         )  # fmt: skip
-        if stadium is None:
-            plan = planner.plan(*budgets)
-        else:
-            plan, laps = meet(network, planner, budgets, stadium, progress)
+        chosen = plan_by(planner, network, budgets, stadium, terms.progress)
+        plan, laps = chosen.plan, chosen.laps
         losses = add_losses(losses, state.keep(planner, plan, settled))
     choices = {name: replace(choice, loss=losses.get(name, 0.0)) for name, choice in plan.choices.items()}
     return Rounds(network, statistics, replace(plan, choices=choices), state.chains(), losses, laps)

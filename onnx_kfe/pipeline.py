@@ -273,7 +273,8 @@ def prune(
             the basis ``kfe``, directions) go where is as the method plans it; the schedule decides which.
         epochs: Epochs in which the smaller model learns from the original on the data, after pruning (divided over the
             iterations) or while pruning on a schedule. 0 for no training.
-        curvature: ``kfac``, or ``ekfac`` for importances by variances measured in the eigenbases.
+        curvature: ``kfac``, or ``ekfac`` for importances by variances measured in the eigenbases; statistics that have
+            such variances are used with them.
         round_to: Ranks are multiples of this (smaller ones for small layers); 16 when None, and with a latency what was
             measured to run fast. Of eigendirections any number is kept when None.
         seed: Seed of noise and positions.

@@ -39,13 +39,14 @@ class Importance:
 
     Attributes:
         score: The function.
-        needs: What it looks at: the weights alone, the Kronecker factors with them, or the saliency.
+        needs: What it looks at: the weights alone, with them the Kronecker factors, the variances of `Coordinates`, or
+            the saliency.
         bases: Keys of `BASES` in which it is defined.
         compensates: Whether what stays makes up for what goes, see `compensate`.
     """
 
     score: Callable[[Coordinates], Scores]
-    needs: Literal["weights", "curvature", "saliency"]
+    needs: Literal["weights", "curvature", "variances", "saliency"]
     bases: tuple[str, ...]
     compensates: bool = False
 
@@ -63,7 +64,7 @@ _Score = Callable[[Coordinates], Scores]
 
 def _importance(
     name: str,
-    needs: Literal["weights", "curvature", "saliency"] = "curvature",
+    needs: Literal["weights", "curvature", "variances", "saliency"] = "curvature",
     bases: tuple[str, ...] = ("channel", "kfe"),
     compensates: bool = False,
 ) -> Callable[[_Score], _Score]:
@@ -101,7 +102,7 @@ def _taylor(coordinates: Coordinates) -> Scores:
     return Scores(0.5 * coordinates.saliency, np.zeros(coordinates.weight.shape[1]))
 
 
-@_importance("c-obd")
+@_importance("c-obd", needs="variances")
 def _c_obd(coordinates: Coordinates) -> Scores:
     """``1/2 w_q^2 F_qq`` summed; in the KFE that is half of EigenDamage's ``l^g_i l^a_j sum_k w_ijk^2``."""
     return _summed(0.5 * coordinates.variances * np.square(coordinates.weight))

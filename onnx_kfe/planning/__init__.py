@@ -1,6 +1,7 @@
 """Planning: forms and their costs, budgets, allocation, the plan file."""
 
 from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, candidates
+from onnx_kfe.planning._any_planner import AnyPlanner
 from onnx_kfe.planning._bandit import Refinement, arms_around, refine
 from onnx_kfe.planning._budget import Budget, Latency, Macs, Milliseconds, Params, describe
 from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost, compose, dense_cost, dense_link, sized
@@ -17,8 +18,6 @@ from onnx_kfe.planning._problem import GroupProblem, LayerProblem
 from onnx_kfe.planning._removal import removal_loss, removals
 from onnx_kfe.planning._search import Attempt, meets, search
 from onnx_kfe.planning._threshold import ThresholdPlanner
-
-AnyPlanner = Planner | ThresholdPlanner
 
 __all__ = [
     "DEFAULT_ROUND_TO",

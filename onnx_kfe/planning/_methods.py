@@ -33,7 +33,9 @@ class Method:
 
     @property
     def importance(self) -> str:
-        """Key of `IMPORTANCES`, of a method that prunes channels."""
+        """Key of `IMPORTANCES`, of a method that has a basis."""
+        if self.form is not None:
+            return self.form.importance
         return "kron-obs" if self.name == _CHANNELS else self.name
 
     @property

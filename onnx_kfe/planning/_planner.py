@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, UsageError
 from onnx_kfe.graph import Network
-from onnx_kfe.kfe import Array
 from onnx_kfe.planning._allocation import Candidate, allocate, candidates, least, worthwhile
+from onnx_kfe.planning._any_planner import AnyPlanner
 from onnx_kfe.planning._budget import Budget, Latency, describe
 from onnx_kfe.planning._chain import Cost
 from onnx_kfe.planning._latency import DEFAULT_ROUND_TO, LatencyModel
@@ -21,11 +19,10 @@ from onnx_kfe.planning._removal import removal_loss, removals
 
 __all__ = ["Planner"]
 
-_FRONTIER_POINTS = 17
 _JUSTIFIED = 1e-3  # share of a weight's energy that may go when nothing but the weights is known
 
 
-class Planner:
+class Planner(AnyPlanner):
     """Plans of one model under several budgets; the candidates of its layers are made once.
 
     Args:
@@ -91,21 +88,6 @@ class Planner:
         """Of each layer what has the fewest MACs."""
         choices = {name: min(found, key=lambda c: (c.cost.macs, c.loss)) for name, found in self.options.items()}
         return self._plan(choices, "")
-
-    def frontier(self, kind: type[Budget]) -> tuple[Array, Array]:
-        """The least predicted loss at every size of the model.
-
-        Args:
-            kind: The budget that sizes are fractions of.
-
-        Returns:
-            Fractions of the original, rising to 1 from the least that there is, and the losses, falling to 0.
-        """
-        original, _ = self.costs()
-        smallest = (self.least(kind(1)) + 1) / max(kind(1).of(original), 1)  # one more, for a budget is rounded down
-        fractions = np.linspace(min(smallest, 1.0), 1.0, _FRONTIER_POINTS)
-        losses = [self.plan(kind(float(fraction))).predicted_loss for fraction in fractions[:-1]]
-        return fractions, np.maximum.accumulate([0.0, *reversed(losses)])[::-1]
 
     def fraction(self, plan: Plan, kind: type[Budget]) -> float:
         """Size of a plan's model as a fraction of the original's, counted or predicted."""

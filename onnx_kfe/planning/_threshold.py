@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +12,7 @@ import numpy as np
 
 from onnx_kfe.errors import BudgetError, UsageError
 from onnx_kfe.kfe import Array
+from onnx_kfe.planning._any_planner import AnyPlanner
 from onnx_kfe.planning._budget import Budget, describe
 from onnx_kfe.planning._chain import Cost
 from onnx_kfe.planning._direction_forms import best
@@ -24,7 +25,6 @@ Masks = dict[str, np.ndarray]
 """What is kept, ``[n]`` of booleans, by the name of what has n channels or directions."""
 
 _MOST_DROPPED = 0.95  # of a side, as EigenDamage has it
-_FRONTIER_POINTS = 17
 _NAMED = 3  # reasons in a message
 
 
@@ -58,7 +58,7 @@ def check_any(scores: Mapping[str, Array], skipped: Mapping[str, str]) -> None:
         raise BudgetError(f"nothing in the model can be pruned: {reasons or 'see onnx-kfe inspect'}")
 
 
-class ThresholdPlanner(ABC):
+class ThresholdPlanner(AnyPlanner):
     """Plans by one threshold. Latency is taken to go with MACs; whole models that are timed say how far it does.
 
     Args:
@@ -68,9 +68,6 @@ class ThresholdPlanner(ABC):
         round_to: See `keep_above`.
         nanoseconds: Latency of a run of the original, where there is a budget of latency.
     """
-
-    bounds = "the best of each side stay, a twentieth at least"
-    """What bounds what can be reached, in words."""
 
     def __init__(
         self,
@@ -83,6 +80,11 @@ class ThresholdPlanner(ABC):
         self._scores, self._original, self._dense, self._round_to = dict(scores), original, dense, round_to
         self._nanoseconds = nanoseconds
         self._thresholds = [-np.inf, *np.unique(np.concatenate([*scores.values(), np.zeros(0)]))]
+
+    @property
+    def bounds(self) -> str:
+        """What bounds what can be reached, in words."""
+        return "the best of each side stay, a twentieth at least"
 
     @abstractmethod
     def cost(self, masks: Masks) -> Cost:
@@ -114,7 +116,7 @@ class ThresholdPlanner(ABC):
                 f"{describe(budgets)} cannot be met ({self.bounds}): the smallest this model can become is {possible}"
             )
         masks = self._at(place)
-        return self.written(masks if self._round_to is None else self._filled(masks, budgets), describe(budgets))
+        return self.written(self._filled(masks, budgets), describe(budgets))
 
     def fraction(self, plan: Plan, kind: type[Budget]) -> float:
         """Size of a plan's model as a fraction of the original's."""
@@ -123,13 +125,6 @@ class ThresholdPlanner(ABC):
     def least(self, budget: Budget, *held: Budget) -> int:
         """The least of a budget's resource that there can be."""
         return budget.of(self._timed(self.cost(self._at(len(self._thresholds) - 1))))
-
-    def frontier(self, kind: type[Budget]) -> tuple[Array, Array]:
-        """The predicted loss at every size of the model, as of `Planner.frontier`."""
-        smallest = (self.least(kind(1)) + 1) / max(kind(1).of(self._timed(self._original)), 1)
-        fractions = np.linspace(min(smallest, 1.0), 1.0, _FRONTIER_POINTS)
-        losses = [self.plan(kind(float(fraction))).predicted_loss for fraction in fractions[:-1]]
-        return fractions, np.maximum.accumulate([0.0, *reversed(losses)])[::-1]
 
     def costs(self) -> tuple[Cost, Cost]:
         """Of the original, and of the model before it is pruned."""
@@ -140,6 +135,8 @@ class ThresholdPlanner(ABC):
 
     def _filled(self, masks: Masks, budgets: Sequence[Budget]) -> Masks:
         """What a step of the grid drops beyond need is kept: the most important that fits, again and again."""
+        if self._round_to in (None, 1):
+            return masks  # one at a time went
         assert self._round_to is not None
         sides = set(masks)
         while sides:

@@ -127,7 +127,7 @@ def test_what_cannot_be_met_is_answered_with_what_can() -> None:
         planner.plan(Macs(0.05), Params(0.9))
     possible = math.ceil(1000 * least / WHOLE.macs) / 1000
     assert f"the smallest this model can become is --macs {possible}" in str(caught.value)
-    assert Sides.bounds in str(caught.value)
+    assert planner.bounds in str(caught.value)
     assert planner.least(Macs(1)) == least
     assert planner.plan(Macs(possible)).original.macs == least
     with pytest.raises(BudgetError, match=f"can become is --macs {least}"):
