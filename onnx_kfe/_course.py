@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from onnx_kfe._finetune import DEFAULT_BATCH
+from onnx_kfe._finetune import DEFAULT_BATCH, DEFAULT_OPTIMIZER
 from onnx_kfe.calibration import Dataset, Statistics, input_specs
 from onnx_kfe.evaluation import HeadSpec
 from onnx_kfe.graph import Network
@@ -28,7 +28,7 @@ __all__ = ["Course"]
 _HELD_BACK = 0.1
 _MOST_HELD_BACK = 512
 _TEMPERATURE = 2.0
-_STEEP = 0.03  # learning rate for models that lose much at once: the usual one mends too little in as many steps
+_STEEP = 1e-3  # learning rate for models that lose much at once: the usual one mends too little in as many steps
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Course:
 
         specs = input_specs(model)
         settings = Settings(
-            epochs, DEFAULT_BATCH, learning_rate_of("sgd", learning_rate), "sgd",
+            epochs, DEFAULT_BATCH, learning_rate_of(DEFAULT_OPTIMIZER, learning_rate), DEFAULT_OPTIMIZER,
             "one-cycle" if make_hook is None else "constant", _TEMPERATURE, 0.0, image_input(specs) is not None,
             self.seed,
         )  # fmt: skip

@@ -19,15 +19,24 @@ from onnx_kfe.evaluation import HeadSpec, Quality
 from onnx_kfe.graph import ModelSource, check_output, load, open_network, save, source_name
 from onnx_kfe.progress import Progress, StagesOnly
 from onnx_kfe.recovery import DEFAULT_MEMORY
-from onnx_kfe.recovery.training import Epoch, Settings, image_input, learning_rate_of, to_torch
+from onnx_kfe.recovery.training import (
+    Epoch,
+    Settings,
+    find_intermediate,
+    image_input,
+    learning_rate_of,
+    to_torch,
+    with_outputs,
+)
 
 if TYPE_CHECKING:
     from onnx_kfe.recovery.training._checkpoint import Checkpoint
 
-__all__ = ["DEFAULT_BATCH", "DEFAULT_EPOCHS", "Tuned", "finetune"]
+__all__ = ["DEFAULT_BATCH", "DEFAULT_EPOCHS", "DEFAULT_OPTIMIZER", "Tuned", "finetune"]
 
 DEFAULT_EPOCHS = 10
 DEFAULT_BATCH = 64
+DEFAULT_OPTIMIZER = "soap"
 _HELD_BACK = 0.1
 _MOST_HELD_BACK = 256  # so that they are among those that `prune` holds back of the same data, and no refit saw them
 
@@ -107,13 +116,15 @@ def finetune(
     max_samples: int | None = None,
     epochs: int = DEFAULT_EPOCHS,
     batch: int = DEFAULT_BATCH,
-    optimizer: str = "sgd",
+    optimizer: str = DEFAULT_OPTIMIZER,
     learning_rate: float | None = None,
     schedule: str = "one-cycle",
     temperature: float = 2.0,
+    intermediate: Sequence[str] = (),
     augment: bool | None = None,
     seed: int = 0,
     device: str | None = None,
+    precision: str | None = None,
     threads: int | None = None,
     memory: int = DEFAULT_MEMORY,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -137,13 +148,18 @@ def finetune(
         max_samples: At most this many samples.
         epochs: Passes over the data.
         batch: Samples of a step, over all processes.
-        optimizer: ``sgd`` or ``adamw``.
-        learning_rate: Its peak; 0.005 for SGD and 0.0005 for AdamW when None.
+        optimizer: ``soap`` (Adam in the Kronecker-factored eigenbasis), ``adamw`` or ``sgd``.
+        learning_rate: Its peak; that of `OPTIMIZERS` when None.
         schedule: ``one-cycle`` or ``cosine``.
         temperature: By which logits are divided before student and teacher are compared.
+        intermediate: Names of values within both models that the student is to compute as the teacher does, or
+            ``["auto"]`` for what comes out of residual sums. Their mean squared error, in units of the teacher's
+            standard deviation, is added to the loss.
         augment: Whether to flip and shift images at random; when None wherever the only input takes images.
         seed: Of order and augmentation; on a CPU one seed gives one result.
         device: ``cpu`` or ``cuda``; CUDA where there is some when None.
+        precision: ``float32`` or ``bfloat16``, in which training rounds products; when None the latter where the
+            device has instructions for it.
         threads: Threads, as many as torch takes by itself when None.
         memory: Bytes of samples to keep in memory; the rest goes to a temporary folder.
         checkpoint: Folder from which an interrupted run goes on, removed when the result is saved. That of another
@@ -163,13 +179,18 @@ def finetune(
         _check_teacher(student, source_name(model), original, source_name(teacher))
     settings = Settings(
         epochs, batch, learning_rate_of(optimizer, learning_rate), optimizer, schedule, temperature, share,
-        image_input(specs) is not None if augment is None else augment, seed,
+        image_input(specs) is not None if augment is None else augment, seed, precision,
     )  # fmt: skip
     if settings.augment and image_input(specs) is None:
         raise UsageError("--augment flips and shifts images [N, C, H, W], which are not what this model takes")
     found = head_specs(calibration.find_heads(open_network(student if original is None else original), heads))
     _check_share(share, original is not None, found)
-    module = to_torch(student)
+    shared: list[str] = []
+    if intermediate:
+        if original is None:
+            raise UsageError("--intermediate compares with a teacher: give --teacher")
+        shared = find_intermediate(student, original, intermediate)
+    module = to_torch(with_outputs(student, shared))
     if odd := next((f"'{n}' is {p.dtype}" for n, p in module.named_parameters() if p.element_size() < 4), None):
         raise KfeError(f"{source_name(model)}: weight {odd}: train in single precision and convert afterwards")
 
@@ -191,7 +212,8 @@ def finetune(
             count = used.count()
             used, held_back = used.split(_HELD_BACK if count is None else min(_HELD_BACK, _MOST_HELD_BACK / count))
         trained = train(
-            student, module, original, found, specs, used, held_back, settings, ranks,
+            student, module, None if original is None else with_outputs(original, shared), found, specs, used,
+            held_back, settings, ranks, intermediate=[HeadSpec(name, "gaussian") for name in shared],
             memory=memory, threads=threads, checkpoint=None if checkpoint is None else Path(checkpoint), progress=shown,
         )  # fmt: skip
         note_skipped(used, shown)

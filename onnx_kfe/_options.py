@@ -13,7 +13,7 @@ import typer
 
 from onnx_kfe import recovery
 from onnx_kfe._bandit_search import DEFAULT_EVALUATIONS
-from onnx_kfe._finetune import DEFAULT_BATCH, DEFAULT_EPOCHS
+from onnx_kfe._finetune import DEFAULT_BATCH, DEFAULT_EPOCHS, DEFAULT_OPTIMIZER
 from onnx_kfe._recipe import CURVATURES
 from onnx_kfe.calibration import ImageOptions, image_preset
 from onnx_kfe.errors import UsageError
@@ -23,7 +23,7 @@ from onnx_kfe.kfe import BASES
 from onnx_kfe.pipeline import DEFAULT_SAMPLES
 from onnx_kfe.planning import DEFAULT_ROUND_TO, METHODS, Budget, Latency, Macs, Milliseconds, Params
 from onnx_kfe.recovery.schedules import SCHEDULES as PRUNING_SCHEDULES
-from onnx_kfe.recovery.training import OPTIMIZERS, SCHEDULES
+from onnx_kfe.recovery.training import OPTIMIZERS, PRECISIONS, SCHEDULES
 
 __all__ = [
     "DEFAULT_MEMORY",
@@ -84,6 +84,8 @@ _CURVATURE_HELP = f"{' or '.join(CURVATURES)}: ekfac measures variances in the e
 Curvature = Annotated[str, typer.Option("--curvature", help=_CURVATURE_HELP)]
 _OPTIMIZER_HELP = f"One of {', '.join(OPTIMIZERS)}."
 _RATE_HELP = f"Peak of the learning rate: {', '.join(f'{rate:g} for {name}' for name, rate in OPTIMIZERS.items())}."
+_PRECISION_HELP = f"One of {', '.join(PRECISIONS)}; the latter by default where the device has it."
+_INTERMEDIATE_HELP = "Value within both models to be met as well, several by repeating it; auto: residual sums."
 _SHARE_HELP = "Share of the loss that is on labels: none with --teacher, else all."
 _AUGMENT_HELP = "Flip and shift at random; images by default."
 _PRESET_HELP = "Image preprocessing by name, e.g. imagenet, unit, raw."
@@ -258,20 +260,22 @@ class Training:
 
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = DEFAULT_EPOCHS
     batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = DEFAULT_BATCH
-    optimizer: Annotated[str, typer.Option(help=_OPTIMIZER_HELP)] = "sgd"
+    optimizer: Annotated[str, typer.Option(help=_OPTIMIZER_HELP)] = DEFAULT_OPTIMIZER
     learning_rate: Annotated[float | None, typer.Option(help=_RATE_HELP)] = None
     schedule: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULES)}.")] = "one-cycle"
     temperature: Annotated[float, typer.Option(help="Softens what is learnt from the teacher.")] = 2.0
+    intermediate: Annotated[list[str] | None, typer.Option("--intermediate", help=_INTERMEDIATE_HELP)] = None
     label_share: Annotated[float | None, typer.Option("--label-share", help=_SHARE_HELP)] = None
     augment: Annotated[bool | None, typer.Option("--augment/--no-augment", help=_AUGMENT_HELP)] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed of order and augmentation.")] = 0
     device: Annotated[str | None, typer.Option(help="cpu or cuda; CUDA by default where there is some.")] = None
+    precision: Annotated[str | None, typer.Option(help=_PRECISION_HELP)] = None
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; as torch takes by default.")] = None
 
     @property
     def given(self) -> dict[str, Any]:
         """The keyword arguments of the API."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "intermediate": self.intermediate or ()}
 
 
 @dataclasses.dataclass(frozen=True)

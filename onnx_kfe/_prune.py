@@ -32,6 +32,7 @@ __all__ = ["DEFAULT_BUDGET", "Pruning", "Recovery", "Samples", "at_seen_shapes",
 DEFAULT_BUDGET = Macs(0.75)
 _HELD_BACK = 0.2
 _MOST_HELD_BACK = 256
+_MOST_FITTED = 4096  # samples for statistics and refit where there are more, to train on: these are enough
 _SYNTHETIC_SAMPLES = 16
 
 
@@ -50,11 +51,13 @@ class Samples(NamedTuple):
         used: For the statistics and the refit.
         held_back: Of the same data, seen by neither.
         test: For the quality of the result; the held-back ones where there are no others.
+        taught: To train on: those used, and all others that are not held back.
     """
 
     used: Dataset | None = None
     held_back: Dataset | None = None
     test: Dataset | None = None
+    taught: Dataset | None = None
 
     @property
     def judging(self) -> Dataset | None:
@@ -62,14 +65,20 @@ class Samples(NamedTuple):
         return self.test if self.held_back is None else self.held_back
 
 
-def divide(data: Dataset | None, test: Dataset | None, *, floor: bool) -> Samples:
+def divide(data: Dataset | None, test: Dataset | None, *, floor: bool, training: bool) -> Samples:
     """Hold a fifth of the data back, where there are no samples to test on or a quality floor needs some of its own."""
     if data is None or (test is not None and not floor):
-        return Samples(data, None, test)
+        return Samples(_fitted(data, training), None, test, data)
     count = data.count()
     share = _HELD_BACK if count is None or floor else min(_HELD_BACK, _MOST_HELD_BACK / count)
     used, held_back = data.split(share)
-    return Samples(used, held_back, test or held_back)
+    return Samples(_fitted(used, training), held_back, test or held_back, used)
+
+
+def _fitted(data: Dataset | None, training: bool) -> Dataset | None:
+    if data is None or not training or (data.count() or 0) <= _MOST_FITTED:
+        return data
+    return data.take(_MOST_FITTED)
 
 
 @dataclass
@@ -203,9 +212,9 @@ class Pruning:
     def _course(self) -> Course:
         """What trains."""
         assert self.statistics is not None
-        assert self.samples.used is not None
+        assert self.samples.taught is not None
         return Course(
-            self.network.original, head_specs(self.statistics.heads), self.samples.used, self.seed,
+            self.network.original, head_specs(self.statistics.heads), self.samples.taught, self.seed,
             self.recovery.memory, self.machine.threads, self.recovery.checkpoint, self.progress,
         )  # fmt: skip
 

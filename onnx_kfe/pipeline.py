@@ -272,7 +272,8 @@ def prune(
         schedule: Key of `SCHEDULES`: prune while training, in the first half of the epochs. How many channels (or, with
             the basis ``kfe``, directions) go where is as the method plans it; the schedule decides which.
         epochs: Epochs in which the smaller model learns from the original on the data, after pruning (divided over the
-            iterations) or while pruning on a schedule. 0 for no training.
+            iterations) or while pruning on a schedule. 0 for no training. Statistics and refit then take at most 4,096
+            of the samples.
         curvature: ``kfac``, or ``ekfac`` for importances by variances measured in the eigenbases; statistics that have
             such variances are used with them.
         round_to: Ranks are multiples of this (smaller ones for small layers); 16 when None, and with a latency what was
@@ -317,7 +318,7 @@ def prune(
     if isinstance(data, Statistics):
         data, statistics = None, data
     test = opened(evaluation_data)
-    samples = divide(opened(data), test, floor=max_drop is not None)
+    samples = divide(opened(data), test, floor=max_drop is not None, training=epochs > 0)
     machine = Machine(providers, threads, batch)
     recovery = Recovery(refit, memory, None if checkpoint is None else Path(checkpoint))
     run = Pruning(network, model, samples, statistics, heads, machine, recovery, recipe, seed, shown)

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _IMAGENET_ARCHIVE = "imagenet_sample1000_s256_q90.zip"
+_BUNDLED = 10_000  # CIFAR-10 training images among the assets
 
 
 def assets_folder() -> Path:
@@ -56,10 +57,24 @@ def _reference() -> ModuleType:
 
 
 def cifar10(split: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised images ``[n, 3, 32, 32]`` and labels ``[n]`` of ``train`` or ``test``, in the official order."""
-    images, labels = _reference().cifar_images(split)
+    """Normalised images ``[n, 3, 32, 32]`` and labels ``[n]`` of ``train`` or ``test``, in the official order.
+
+    Of the training images the assets hold the first 10,000; for more, ``prepare.py cifar10`` makes a file of all.
+    """
+    if split == "train" and stop > _BUNDLED:
+        images, labels = _all_of_cifar10()
+    else:
+        images, labels = _reference().cifar_images(split)
     batch = _reference().cifar_batch(images[start:stop], **_reference().IMAGENET)
     return batch, labels[start:stop].astype(np.int64)
+
+
+def _all_of_cifar10() -> tuple[np.ndarray, np.ndarray]:
+    folder = Path(os.environ.get("ONNX_KFE_ASSETS", Path.home() / ".cache" / "onnx-kfe-assets"))
+    if not (file := folder / "cifar10.npz").exists():
+        sys.exit(f"no {file}, with all of CIFAR-10: run prepare.py cifar10 of the assets, or use {_BUNDLED:,} samples")
+    with np.load(file) as arrays:
+        return arrays["x_train"], arrays["y_train"]
 
 
 def _imagenet(preset: str) -> Iterator[tuple[np.ndarray, int]]:

@@ -86,13 +86,6 @@ class Units:
         for place in self.places:
             place.parameter.mul_(place.spread(_like(kept, place), 1.0))
 
-    @torch.no_grad()
-    def decay(self, rates: Numbers) -> None:
-        """Add the gradient of ``1/2 rate w^2`` to that of the units' own weights, for rates ``[size]``."""
-        for place in self._own:
-            if place.parameter.grad is not None:
-                place.parameter.grad += place.spread(_like(rates, place), 0.0) * place.parameter
-
     @property
     def _own(self) -> list[Place]:
         return [place for place in self.places if place.own]

@@ -4,17 +4,21 @@ Torch is imported where it is used: `_run.py` and what belongs to it are importe
 """
 
 from onnx_kfe.recovery.training._augment import image_input
+from onnx_kfe.recovery.training._intermediate import find_intermediate, with_outputs
 from onnx_kfe.recovery.training._module import to_torch, write_back
 from onnx_kfe.recovery.training._schedule import SCHEDULES
-from onnx_kfe.recovery.training._settings import OPTIMIZERS, Epoch, Settings, learning_rate_of
+from onnx_kfe.recovery.training._settings import OPTIMIZERS, PRECISIONS, Epoch, Settings, learning_rate_of
 
 __all__ = [
     "OPTIMIZERS",
+    "PRECISIONS",
     "SCHEDULES",
     "Epoch",
     "Settings",
+    "find_intermediate",
     "image_input",
     "learning_rate_of",
     "to_torch",
+    "with_outputs",
     "write_back",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from onnx_kfe.errors import KfeError
 from onnx_kfe.evaluation import HeadSpec
 
 __all__ = ["Objective", "cross_entropy", "distillation"]
@@ -23,11 +24,13 @@ class Objective:
         heads: The outputs that count; those of kind Gaussian with the teacher's standard deviation as their scale.
         temperature: By which logits are divided before they are compared.
         label_share: Share of the cross-entropy on labels, of the first categorical head; the rest is distillation.
+        intermediate: Values within the models that are to be met as well, Gaussian; their mean counts as one head.
     """
 
     heads: Sequence[HeadSpec]
     temperature: float
     label_share: float
+    intermediate: Sequence[HeadSpec] = ()
 
     def __call__(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor] | None, labels: Tensor | None
@@ -41,10 +44,11 @@ class Objective:
         """
         loss = torch.zeros((), device=next(iter(student.values())).device)
         if teacher is not None and self.label_share < 1:
-            parts = [
-                distillation(head, student[head.name], teacher[head.name], self.temperature) for head in self.heads
-            ]
-            loss = loss + (1 - self.label_share) * sum(parts)
+            outputs, within = (
+                [distillation(head, student[head.name], teacher[head.name], self.temperature) for head in heads]
+                for heads in (self.heads, self.intermediate)
+            )
+            loss = loss + (1 - self.label_share) * (sum(outputs) + sum(within) / max(len(within), 1))
         if labels is not None and self.label_share > 0:
             head = next(head for head in self.heads if head.kind == "categorical")
             loss = loss + self.label_share * cross_entropy(head, student[head.name], labels)
@@ -65,7 +69,13 @@ def distillation(head: HeadSpec, student: Tensor, teacher: Tensor, temperature: 
 
     Returns:
         The mean over samples and positions, of a Bernoulli or Gaussian head over channels as well.
+
+    Raises:
+        KfeError: The shapes differ.
     """
+    if student.shape != teacher.shape:
+        shapes = f"{list(student.shape)} in the model, {list(teacher.shape)} in its teacher"
+        raise KfeError(f"'{head.name}' is {shapes}: it cannot be compared")
     old, new = _rows(head, teacher), _rows(head, student)
     if head.kind == "gaussian":
         return ((new - old) / (head.scale or 1.0)).square().mean() / 2

@@ -7,23 +7,27 @@ from typing import Any
 
 from torch import Tensor, nn, optim
 
+from onnx_kfe.recovery.training._soap import Soap
+
 __all__ = ["load_moments", "make_optimizer", "moments"]
 
-_WEIGHT_DECAY = {"sgd": 1e-4, "adamw": 1e-2}
+_WEIGHT_DECAY = {"soap": 1e-2, "adamw": 1e-2, "sgd": 1e-4}
 
 
 def make_optimizer(module: nn.Module, kind: str) -> optim.Optimizer:
-    """SGD with Nesterov's momentum of 0.9, or AdamW; weights decay in matrices and kernels alone.
+    """SOAP, AdamW, or SGD with Nesterov's momentum of 0.9; weights decay in matrices and kernels alone.
 
     Args:
         module: Whose parameters are to be trained.
-        kind: ``sgd`` or ``adamw``.
+        kind: ``soap``, ``adamw`` or ``sgd``.
     """
     parameters = list(module.parameters())
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": _WEIGHT_DECAY[kind]},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if kind == "soap":
+        return Soap(groups)
     if kind == "adamw":
         return optim.AdamW(groups)
     return optim.SGD(groups, momentum=0.9, nesterov=True)

@@ -18,6 +18,7 @@ from onnx_kfe.errors import KfeError
 from onnx_kfe.evaluation import HeadSpec
 from onnx_kfe.graph import fingerprint
 from onnx_kfe.progress import Progress
+from onnx_kfe.recovery.training._backend import Backend
 from onnx_kfe.recovery.training._checkpoint import Checkpoint
 from onnx_kfe.recovery.training._hook import Hook
 from onnx_kfe.recovery.training._lesson import Lesson
@@ -27,7 +28,7 @@ from onnx_kfe.recovery.training._onnx_module import OnnxModule
 from onnx_kfe.recovery.training._ranks import Ranks
 from onnx_kfe.recovery.training._samples import Samples, check_labels
 from onnx_kfe.recovery.training._settings import Epoch, Settings
-from onnx_kfe.recovery.training._teacher import make_teacher, run_module, with_scales
+from onnx_kfe.recovery.training._teacher import make_teacher, with_scales
 from onnx_kfe.recovery.training._trainer import Trainer
 
 __all__ = ["Trained", "train"]
@@ -63,6 +64,7 @@ def train(
     settings: Settings,
     ranks: Ranks,
     *,
+    intermediate: Sequence[HeadSpec] = (),
     memory: int,
     threads: int | None,
     checkpoint: Path | None,
@@ -81,6 +83,7 @@ def train(
         held_back: To choose the best weights on.
         settings: How to train.
         ranks: The processes that train together.
+        intermediate: What the module and the teacher give besides their outputs, to be met as well.
         memory: Bytes of samples to keep in memory.
         threads: Threads; those that torch uses by itself when None.
         checkpoint: Folder of the state.
@@ -91,16 +94,20 @@ def train(
         KeyboardInterrupt: Ctrl-C was pressed; the state is kept.
         KfeError: The data do not fit the model, or training diverged before anything was gained.
     """
-    module.to(ranks.device)
+    backend = Backend.of(ranks.device, settings.precision)
+    backend.place(module)
     with _threads(threads), Samples(data, memory * 9 // 10) as samples, Samples(held_back, memory // 10) as held:
-        make = None if teacher is None else make_teacher(teacher, heads, ranks.device, torch.get_num_threads())
-        if make is not None:
-            heads = with_scales(heads, make, batches(held, settings.batch, inputs))
+        make = None
+        if teacher is not None:
+            make = make_teacher(teacher, [*heads, *intermediate], backend, torch.get_num_threads())
+            scaled = with_scales([*heads, *intermediate], make, batches(held, settings.batch, inputs))
+            heads, intermediate = scaled[: len(heads)], scaled[len(heads) :]
         if settings.label_share > 0:
-            _check_labels(module, heads, inputs, samples, held, ranks)
-        key = _key(model, teacher, heads, settings, samples, held, ranks, hook)
+            _check_labels(module, heads, inputs, samples, held, backend)
+        key = _key(model, teacher, [*heads, *intermediate], settings, samples, held, ranks, hook)
         kept = Checkpoint(checkpoint, key)
-        lesson = Lesson(Objective(heads, settings.temperature, settings.label_share), make, inputs, ranks.device)
+        objective = Objective(heads, settings.temperature, settings.label_share, intermediate)
+        lesson = Lesson(objective, make, inputs, backend)
         trainer = Trainer(module, lesson, samples, held, settings, ranks, kept, progress, hook)
         trainer.run()
     if hook is not None and trainer.stopped is not None:
@@ -120,7 +127,7 @@ def _check_labels(
     inputs: Sequence[InputSpec],
     samples: Samples,
     held: Samples,
-    ranks: Ranks,
+    backend: Backend,
 ) -> None:
     head = next(head for head in heads if head.kind == "categorical")
     module.eval()
@@ -128,7 +135,7 @@ def _check_labels(
         first = next(batches(samples, 1, inputs), None)
         if first is None:
             raise KfeError(f"{len(samples)} samples do not fill a batch of the size that the model takes: give more")
-        output = run_module(module, first, ranks.device)[head.name].float().cpu().numpy()
+        output = backend.run(module, first)[head.name].float().cpu().numpy()
     for part in (samples, held):
         check_labels(part, head, output)
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from onnx_kfe.errors import UsageError
 from onnx_kfe.recovery.training._schedule import SCHEDULES
 
-__all__ = ["OPTIMIZERS", "Epoch", "Settings", "learning_rate_of"]
+__all__ = ["OPTIMIZERS", "PRECISIONS", "Epoch", "Settings", "learning_rate_of"]
 
-OPTIMIZERS = {"sgd": 0.005, "adamw": 5e-4}
+OPTIMIZERS = {"soap": 3e-4, "adamw": 1e-4, "sgd": 0.005}
 """The peak of the learning rate where none is given, by optimizer."""
+
+PRECISIONS = ("float32", "bfloat16")
+"""What products are computed in; weights, their average and the loss are in single precision always."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Settings:
         label_share: Share of the cross-entropy on labels in the loss; the rest is distillation.
         augment: Whether images are flipped and shifted.
         seed: Of order and augmentation.
+        precision: One of `PRECISIONS`; when None bfloat16 where the device has instructions for it.
 
     Raises:
         UsageError: A value is out of range.
@@ -42,10 +46,12 @@ class Settings:
     label_share: float
     augment: bool
     seed: int
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         for option, value, known in (
-            ("--optimizer", self.optimizer, OPTIMIZERS), ("--schedule", self.schedule, SCHEDULES)
+            ("--optimizer", self.optimizer, OPTIMIZERS), ("--schedule", self.schedule, SCHEDULES),
+            ("--precision", self.precision or PRECISIONS[0], PRECISIONS),
         ):  # fmt: skip
             if value not in known:
                 raise UsageError(f"{option} {value}: it can be {', '.join(known)}")

@@ -8,33 +8,34 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from onnx_kfe.calibration import Batch
 from onnx_kfe.errors import KfeError
 from onnx_kfe.evaluation import HeadSpec
 from onnx_kfe.graph import serialize
+from onnx_kfe.recovery.training._backend import Backend, Outputs
 from onnx_kfe.recovery.training._module import to_torch
 from onnx_kfe.runtime import create_session, reason
 
-__all__ = ["Outputs", "Teacher", "make_teacher", "run_module", "with_scales"]
+__all__ = ["Teacher", "make_teacher", "with_scales"]
 
-Outputs = dict[str, Tensor]
 Teacher = Callable[[Batch], Outputs]
 
 _SCALED_ON = 8  # batches
 
 
-def make_teacher(model: ir.Model, heads: Sequence[HeadSpec], device: torch.device, threads: int | None) -> Teacher:
-    """What gives the teacher's outputs of these heads for a batch, on the device.
+def make_teacher(model: ir.Model, heads: Sequence[HeadSpec], backend: Backend, threads: int | None) -> Teacher:
+    """What gives the teacher's outputs of these heads for a batch, on the device of the backend.
 
     On CPUs that is ONNX Runtime, which took two thirds (ResNet-32) to a third (MobileNetV2) of torch's time there; on
     others torch, so that nothing has to be copied.
     """
     names = [head.name for head in heads]
-    if device.type != "cpu":
-        module = to_torch(model).to(device).eval().requires_grad_(False)
-        return lambda batch: {name: value for name, value in run_module(module, batch, device).items() if name in names}
+    if backend.device.type != "cpu":
+        module = to_torch(model).eval().requires_grad_(False)
+        backend.place(module)
+        return lambda batch: {name: value for name, value in backend.run(module, batch).items() if name in names}
     session = create_session(serialize(model), threads=threads, spin=False)
 
     def teacher(batch: Batch) -> Outputs:
@@ -45,15 +46,6 @@ def make_teacher(model: ir.Model, heads: Sequence[HeadSpec], device: torch.devic
         return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
 
     return teacher
-
-
-def run_module(module: nn.Module, batch: Batch, device: torch.device) -> Outputs:
-    """Outputs by name of a module of `to_torch`, in bfloat16 where that is faster."""
-    feeds = [torch.tensor(batch.feeds[name]).to(device, non_blocking=True) for name in module.input_names]
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-        result = module(*feeds)
-    return dict(zip(module.output_names, result if isinstance(result, tuple) else (result,), strict=True))
 
 
 def with_scales(heads: Sequence[HeadSpec], teacher: Teacher, batches: Iterable[Batch]) -> list[HeadSpec]:

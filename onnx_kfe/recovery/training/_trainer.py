@@ -22,6 +22,7 @@ from onnx_kfe.recovery.training._average import Average, tensors
 from onnx_kfe.recovery.training._checkpoint import Checkpoint, finishing_steps
 from onnx_kfe.recovery.training._hook import Hook
 from onnx_kfe.recovery.training._lesson import Lesson
+from onnx_kfe.recovery.training._onnx_module import OnnxModule
 from onnx_kfe.recovery.training._optimizer import load_moments, make_optimizer, moments
 from onnx_kfe.recovery.training._ranks import Ranks
 from onnx_kfe.recovery.training._samples import Samples
@@ -56,7 +57,7 @@ class Trainer:
         KfeError: The samples do not fill a batch.
     """
 
-    module: nn.Module
+    module: OnnxModule
     lesson: Lesson
     samples: Samples
     held_back: Samples
