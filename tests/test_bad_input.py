@@ -551,6 +551,8 @@ def test_what_cannot_be_learnt_from(fails: Fails, folder: Path) -> None:
     fails(1, "--label-share needs labels: these samples have none", *finetune(*data))
     fails(1, "label .* is no class of output 'logits', which has 5", *finetune("--data", "labelled.npz"))
     fails(2, "without --teacher", *finetune(*data, "--label-share", "0.5"))
+    fails(2, "--precision half: it can be", *finetune(*data, *teacher, "--precision", "half"))
+    fails(2, "--intermediate 'nope' is none of the teacher's", *finetune(*data, *teacher, "--intermediate", "nope"))
     fails(1, "no samples", *finetune("--data", "empty.npz", *teacher))
     fails(2, "would overwrite its input", "finetune", "net.onnx", *teacher, *data, "-o", "net.onnx")
     fails(2, "--augment flips", "finetune", "relu.onnx", *data, "--teacher", "relu.onnx", "--augment", "-o", "t.onnx")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import onnx_kfe as kfe
+from onnx_kfe import _prune
 from onnx_kfe.cli import main
 from onnx_kfe.errors import UsageError
 from onnx_kfe.graph import load, save
@@ -119,3 +120,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert '"measured_loss"' in capsys.readouterr().out
     assert run(str(tmp_path / "small.onnx"), {"x": X})["logits"].shape == (120, 5)
     assert not (tmp_path / "small.onnx.refit").exists()
+
+
+def test_statistics_take_no_more_samples_than_are_of_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_prune, "_MOST_FITTED", 50)
+    notes = Notes()
+    result = pruned(epochs=1, refit=False, progress=notes)
+    assert result.statistics is not None
+    assert result.statistics.samples == 50
+    assert notes.epochs == ["epoch 1/1"]
+    plain = pruned(refit=False)
+    assert plain.statistics is not None
+    assert plain.statistics.samples == 96

@@ -106,7 +106,7 @@ class Schedule(ABC):
         import torch
 
         arrays = {f"{name}.{n}": array for name in self.remembered for n, array in enumerate(getattr(self, name))}
-        hidden = {f"hidden.{n}": tensor.cpu() for n, tensor in enumerate(self._hidden or ())}
+        hidden = {f"hidden.{n}": tensor.cpu().contiguous() for n, tensor in enumerate(self._hidden or ())}
         return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | hidden
 
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -32,9 +32,7 @@ class Soap(optim.Optimizer):
         weight_decay: Decoupled, as AdamW's.
     """
 
-    def __init__(
-        self, parameters: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0
-    ) -> None:  # fmt: skip
+    def __init__(self, parameters: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -70,8 +68,8 @@ class Soap(optim.Optimizer):
         for side in _sides(matrix):
             state[f"{side}_factor"].lerp_(_factor(matrix, side), 1 - _DECAY)
             if state["step"] % _EVERY == 0:
-                moved = state[f"{side}_factor"] @ state[f"{side}_basis"]
-                state[f"{side}_basis"] = torch.linalg.qr(moved.float())[0]
+                moved = _unit(state[f"{side}_factor"]) @ state[f"{side}_basis"]
+                state[f"{side}_basis"] = torch.linalg.qr(moved)[0].contiguous()
         return update
 
 
@@ -87,7 +85,12 @@ def _factor(matrix: Tensor, side: str) -> Tensor:
 
 
 def _eigenvectors(factor: Tensor) -> Tensor:
-    return torch.linalg.eigh(factor)[1].flip(1).contiguous()
+    return torch.linalg.eigh(_unit(factor).double())[1].flip(1).to(factor).contiguous()
+
+
+def _unit(factor: Tensor) -> Tensor:
+    """A factor of trace 1, for numbers next to zero are lost in decompositions."""
+    return factor / factor.trace().clamp_min(torch.finfo(factor.dtype).tiny)
 
 
 def _rotated(state: dict[str, Tensor], matrix: Tensor, *, back: bool = False) -> Tensor:

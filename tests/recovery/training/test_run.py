@@ -30,7 +30,11 @@ from tests.networks import CLASSES, classifier, samples
 from tests.tiny import run
 
 DATA = {"x": samples(160)}
-QUICK: dict[str, Any] = {"epochs": 3, "batch": 32, "learning_rate": 0.02, "threads": 1, "device": "cpu"}
+QUICK: dict[str, Any] = {
+    "epochs": 3, "batch": 32, "optimizer": "sgd", "learning_rate": 0.02, "precision": "float32", "threads": 1,
+    "device": "cpu",
+}  # fmt: skip
+SOAP = {"optimizer": "soap", "learning_rate": 0.003, "precision": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +65,11 @@ def changed(first: onnx.ModelProto, second: onnx.ModelProto) -> bool:
     return any(not np.array_equal(array, weights(second)[name]) for name, array in weights(first).items())
 
 
-def test_it_nears_its_teacher_without_labels(teacher: onnx.ModelProto, student: onnx.ModelProto) -> None:
-    tuned = kfe.finetune(student, DATA, teacher=teacher, **{**QUICK, "epochs": 8})
+@pytest.mark.parametrize("options", [{}, SOAP, {**SOAP, "optimizer": "adamw"}], ids=["sgd", "soap", "adamw"])
+def test_it_nears_its_teacher_without_labels(
+    teacher: onnx.ModelProto, student: onnx.ModelProto, options: dict[str, Any]
+) -> None:
+    tuned = kfe.finetune(student, DATA, teacher=teacher, **{**QUICK, "epochs": 8, **options})
     assert tuned.before is not None
     assert tuned.after is not None
     assert tuned.after.samples == tuned.before.samples == 17
@@ -253,7 +260,8 @@ def test_two_processes_are_one(teacher: onnx.ModelProto, student: onnx.ModelProt
     onnx.save(student, tmp_path / "small.onnx")
     np.savez(tmp_path / "data.npz", **DATA)
     command = ["-m", "onnx_kfe", "finetune", "small.onnx", "--teacher", "net.onnx", "--data", "data.npz"]
-    command += ["--epochs", "2", "--batch", "32", "--learning-rate", "0.02", "--device", "cpu", "-o", "tuned.onnx"]
+    command += ["--epochs", "2", "--batch", "32", "--learning-rate", "0.02", "--optimizer", "sgd"]
+    command += ["--precision", "float32", "--device", "cpu", "-o", "tuned.onnx"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -281,7 +289,8 @@ def test_an_ir_model_comes_back_as_one(teacher: onnx.ModelProto, student: onnx.M
         ({"epochs": 0}, "--epochs 0: give at least 1"),
         ({"learning_rate": float("nan")}, "--learning-rate nan: give a number above 0"),
         ({"temperature": 0.0}, "--temperature 0"),
-        ({"optimizer": "lion"}, "--optimizer lion: it can be sgd, adamw"),
+        ({"optimizer": "lion"}, "--optimizer lion: it can be soap, adamw, sgd"),
+        ({"precision": "int8"}, "--precision int8: it can be float32, bfloat16"),
         ({"schedule": "none"}, "--schedule none: it can be one-cycle, cosine"),
         ({"label_share": 2.0}, "--label-share 2: give a share from 0 to 1"),
         ({"label_share": 0.5, "teacher": None}, "without --teacher"),
