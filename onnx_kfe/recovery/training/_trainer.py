@@ -17,7 +17,7 @@ from torch import nn
 from onnx_kfe.calibration import Batch, batches, fixed_batch
 from onnx_kfe.errors import KfeError
 from onnx_kfe.progress import Progress
-from onnx_kfe.recovery.training._augment import augmented, image_input
+from onnx_kfe.recovery.training._augment import augmented, image_input, partner
 from onnx_kfe.recovery.training._average import Average, tensors
 from onnx_kfe.recovery.training._checkpoint import Checkpoint, finishing_steps
 from onnx_kfe.recovery.training._hook import Hook
@@ -33,7 +33,7 @@ __all__ = ["Trainer"]
 
 _LARGEST_NORM = 1.0  # of a gradient
 _EXPLODED = 10.0  # times the loss before training, or T^2 nats if that is more
-_PATIENCE = 5  # epochs at a falling learning rate without a lower loss on held-back samples
+_PATIENCE = 5  # epochs in a row that end with a higher loss on held-back samples, at a falling learning rate
 
 
 @dataclass
@@ -161,13 +161,21 @@ class Trainer:
         """The samples at these places, augmented, as many at once as the model takes."""
         items = [self.samples[int(place)] for place in places]
         if (name := self._image) is not None:
-            items = [
-                dataclasses.replace(
-                    item, sample={name: augmented(item.sample[name], self.settings.seed, epoch, int(place))}
-                )
-                for place, item in zip(places, items, strict=True)
-            ]
+            images = [self._augmented(name, int(place), epoch) for place in places]
+            items = [dataclasses.replace(item, sample={name: image}) for item, image in zip(items, images, strict=True)]
         return batches(items, len(items), self.lesson.inputs)
+
+    def _augmented(self, name: str, place: int, epoch: int) -> np.ndarray:
+        """An image as it is shown in an epoch; where only a teacher says what is right, mixed with another."""
+        seed = self.settings.seed
+        image = augmented(self.samples[place].sample[name], seed, epoch, place)
+        if self.settings.label_share > 0:
+            return image
+        number, share = partner(len(self.samples), seed, epoch, place)
+        other = augmented(self.samples[number].sample[name], seed, epoch, number)
+        if other.shape != image.shape:
+            return image
+        return (share * image + (1 - share) * other).astype(image.dtype)
 
     def _judge(self, loss: float | None) -> None:
         """Measure the averaged weights on the held-back samples, and keep them if they are the best so far."""
@@ -180,16 +188,15 @@ class Trainer:
         if self.best is epoch:
             self._best = tensors(self._average.module)
         elif self.hook is None and self._losing():
-            self.stopped = f"no lower loss on held-back samples for {_PATIENCE} epochs"
+            self.stopped = f"the loss on held-back samples has risen for {_PATIENCE} epochs"
 
     def _losing(self) -> bool:
-        """Whether the last epochs brought nothing, though the learning rate fell: before that, the loss may rise."""
+        """Whether the loss rises though the learning rate falls: else it may rise, and falls below where it was."""
         factor = SCHEDULES[self.settings.schedule]
-        factors = [factor(epoch.number * self._per_epoch, self._steps) for epoch in self.history]
         recent = self.history[-_PATIENCE - 1 :]
-        falling = factors[-len(recent) :] == sorted(factors[-len(recent) :], reverse=True)
-        lowest = min(recent, key=lambda epoch: epoch.held_back)
-        return len(recent) > _PATIENCE and falling and lowest is recent[0]
+        factors = [factor(epoch.number * self._per_epoch, self._steps) for epoch in recent]
+        losses = [epoch.held_back for epoch in recent]
+        return len(recent) > _PATIENCE and factors == sorted(factors, reverse=True) and losses == sorted(losses)
 
     def _say(self, left: float) -> None:
         epoch = self.history[-1]
