@@ -1,4 +1,4 @@
-"""Random flips, shifts and mixtures of images, a function of (seed, epoch, sample) alone."""
+"""Random flips and shifts of images, a function of (seed, epoch, sample) alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from onnx_kfe.calibration import InputSpec
 
-__all__ = ["augmented", "image_input", "partner"]
+__all__ = ["augmented", "image_input"]
 
 _SHIFT = 8  # of a size this part, at most
 _MOST_CHANNELS = 4
@@ -43,25 +43,6 @@ def augmented(image: np.ndarray, seed: int, epoch: int, sample: int) -> np.ndarr
     if random.random() < 0.5:
         columns = columns[::-1]
     return image[:, :, rows[:, None], columns]
-
-
-def partner(count: int, seed: int, epoch: int, sample: int) -> tuple[int, float]:
-    """With which other sample one is mixed, and how much of it stays (mixup, Zhang et al., ICLR 2018).
-
-    For learning from a teacher, which answers for mixtures as well: of few samples this makes many (Beyer et al., CVPR
-    2022, Knowledge distillation: a good teacher is patient and consistent).
-
-    Args:
-        count: Number of samples.
-        seed: Seed of the run.
-        epoch: Number of the epoch.
-        sample: Number of the sample.
-
-    Returns:
-        The number of the other sample, and the share of this one, uniform in 0 to 1.
-    """
-    random = np.random.default_rng((seed, epoch, sample, count))
-    return int(random.integers(count)), random.random()
 
 
 def _shifted(size: int, shift: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import nn
 from onnx_kfe.calibration import Batch, batches, fixed_batch
 from onnx_kfe.errors import KfeError
 from onnx_kfe.progress import Progress
-from onnx_kfe.recovery.training._augment import augmented, image_input, partner
+from onnx_kfe.recovery.training._augment import augmented, image_input
 from onnx_kfe.recovery.training._average import Average, tensors
 from onnx_kfe.recovery.training._checkpoint import Checkpoint, finishing_steps
 from onnx_kfe.recovery.training._hook import Hook
@@ -161,21 +161,13 @@ class Trainer:
         """The samples at these places, augmented, as many at once as the model takes."""
         items = [self.samples[int(place)] for place in places]
         if (name := self._image) is not None:
-            images = [self._augmented(name, int(place), epoch) for place in places]
-            items = [dataclasses.replace(item, sample={name: image}) for item, image in zip(items, images, strict=True)]
+            items = [
+                dataclasses.replace(
+                    item, sample={name: augmented(item.sample[name], self.settings.seed, epoch, int(place))}
+                )
+                for place, item in zip(places, items, strict=True)
+            ]
         return batches(items, len(items), self.lesson.inputs)
-
-    def _augmented(self, name: str, place: int, epoch: int) -> np.ndarray:
-        """An image as it is shown in an epoch; where only a teacher says what is right, mixed with another."""
-        seed = self.settings.seed
-        image = augmented(self.samples[place].sample[name], seed, epoch, place)
-        if self.settings.label_share > 0:
-            return image
-        number, share = partner(len(self.samples), seed, epoch, place)
-        other = augmented(self.samples[number].sample[name], seed, epoch, number)
-        if other.shape != image.shape:
-            return image
-        return (share * image + (1 - share) * other).astype(image.dtype)
 
     def _judge(self, loss: float | None) -> None:
         """Measure the averaged weights on the held-back samples, and keep them if they are the best so far."""

@@ -116,23 +116,6 @@ def test_labels_beside_a_teacher_have_their_share(student: onnx.ModelProto, teac
     assert first[2] > first[1] + 0.1
 
 
-@pytest.mark.parametrize(("share", "mixes"), [(0.0, True), (0.5, False)])
-def test_images_are_mixed_where_a_teacher_alone_answers_for_them(
-    teacher: onnx.ModelProto, student: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, share: float, mixes: bool
-) -> None:
-    monkeypatch.setattr(_trainer, "augmented", lambda image, *key: image)
-    shown, loss = [], Lesson.loss
-    monkeypatch.setattr(Lesson, "loss", lambda *args: shown.append(args[2].feeds["x"]) or loss(*args))
-    data = {**DATA, "labels": np.zeros(160, np.int64)}
-    kfe.finetune(student, data, teacher=teacher, label_share=share, measure=False, **{**QUICK, "epochs": 1})
-    images = np.concatenate(shown).reshape(128, -1)
-    shares = np.linalg.lstsq(DATA["x"].reshape(160, -1).T, images.T)[0]  # samples are linearly independent
-    np.testing.assert_allclose(shares.sum(0), 1, atol=1e-3)
-    assert shares.min() > -1e-3
-    assert set((shares > 1e-3).sum(0)) <= ({1, 2} if mixes else {1})
-    assert ((shares > 1e-3).sum(0) == 2).mean() > 0.9 or not mixes
-
-
 class Interrupting(Progress):
     """Presses Ctrl-C after so many steps."""
 
