@@ -128,6 +128,7 @@ def finetune(
     threads: int | None = None,
     memory: int = DEFAULT_MEMORY,
     checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     measure: bool = True,
     progress: Progress | None = None,
 ) -> Tuned:
@@ -164,6 +165,7 @@ def finetune(
         memory: Bytes of samples to keep in memory; the rest goes to a temporary folder.
         checkpoint: Folder from which an interrupted run goes on, removed when the result is saved. That of another
             run is ignored.
+        resume: Whether it is an error that there is no checkpoint of this run to go on from.
         measure: Whether to measure quality before and after.
         progress: Shows what is going on.
 
@@ -214,7 +216,8 @@ def finetune(
         trained = train(
             student, module, None if original is None else with_outputs(original, shared), found, specs, used,
             held_back, settings, ranks, intermediate=[HeadSpec(name, "gaussian") for name in shared],
-            memory=memory, threads=threads, checkpoint=None if checkpoint is None else Path(checkpoint), progress=shown,
+            memory=memory, threads=threads, checkpoint=None if checkpoint is None else Path(checkpoint), resume=resume,
+            progress=shown,
         )  # fmt: skip
         note_skipped(used, shown)
 

@@ -274,6 +274,9 @@ def test_finetune_goes_on_after_an_interrupt(cli: Cli, folder: Path, monkeypatch
             if text.startswith("epoch 2/"):
                 signal.raise_signal(signal.SIGINT)
 
+    nothing = cli(*command, "--resume")
+    assert nothing.code == 1
+    assert "--resume: there is no state in tuned.onnx.finetune: leave it out to start anew" in nothing.err
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(console, "ShownProgress", Interrupting)
@@ -284,7 +287,10 @@ def test_finetune_goes_on_after_an_interrupt(cli: Cli, folder: Path, monkeypatch
     assert outcome.err.endswith("interrupted after 9 of 40 steps: the same command goes on from here\n")
     assert (folder / "tuned.onnx.finetune").is_dir()
     assert not (folder / "tuned.onnx").exists()
-    again = cli(*command)
+    other = cli(*command, "--resume", "--seed", 1)
+    assert other.code == 1
+    assert "is of another model, other data or other options" in other.err
+    again = cli(*command, "--resume")
     assert "written: tuned.onnx" in done(again)
     assert "going on after 9 of 40 steps" in again.err
     assert "epoch 2/" not in again.err

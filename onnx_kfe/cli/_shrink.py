@@ -131,6 +131,7 @@ def finetune(
     labels: options.Labels = None,
     heads: options.Heads,
     images: options.Images,
+    resume: Annotated[bool, typer.Option("--resume", help="Fail where there is no checkpoint to go on from.")] = False,
     json: options.Json = False,
 ) -> None:
     """Train all weights to give what --teacher gives, or what labels say (extra: train).
@@ -149,6 +150,7 @@ def finetune(
         max_samples=max_samples,
         memory=options.parse_bytes(memory),
         checkpoint=output.with_name(f"{output.name}.finetune"),
+        resume=resume,
         progress=console.ShownProgress(),
         **training.given,
     )

@@ -16,6 +16,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import replace_whole
 
 __all__ = ["Checkpoint", "finishing_steps"]
@@ -45,6 +46,17 @@ class Checkpoint:
     def foreign(self) -> bool:
         """Whether the folder holds something that is no state of this run."""
         return self._folder is not None and (self._folder / _FILE).exists() and self.load() is None
+
+    def check(self) -> None:
+        """Check that there is a state of this run to go on from.
+
+        Raises:
+            KfeError: There is none, or that of another run.
+        """
+        if self.foreign:
+            raise KfeError(f"--resume: the state in {self._folder} is of another model, other data or other options")
+        if self.load() is None:
+            raise KfeError(f"--resume: there is no state in {self._folder}: leave it out to start anew")
 
     def load(self) -> tuple[Parts, dict[str, Any]] | None:
         """Tensors by part and name, and plain values; None where there are none of this run."""

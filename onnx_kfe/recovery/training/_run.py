@@ -68,6 +68,7 @@ def train(
     memory: int,
     threads: int | None,
     checkpoint: Path | None,
+    resume: bool = False,
     progress: Progress,
     hook: Hook | None = None,
 ) -> Trained:
@@ -87,12 +88,14 @@ def train(
         memory: Bytes of samples to keep in memory.
         threads: Threads; those that torch uses by itself when None.
         checkpoint: Folder of the state.
+        resume: Whether there has to be a state to go on from.
         progress: Shows what is going on.
         hook: Intervenes in the steps; the weights are then those of the last step.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; the state is kept.
-        KfeError: The data do not fit the model, or training diverged before anything was gained.
+        KfeError: The data do not fit the model, training diverged before anything was gained, or there is no state
+            to go on from.
     """
     backend = Backend.of(ranks.device, settings.precision)
     backend.place(module)
@@ -106,6 +109,8 @@ def train(
             _check_labels(module, heads, inputs, samples, held, backend)
         key = _key(model, teacher, [*heads, *intermediate], settings, samples, held, ranks, hook)
         kept = Checkpoint(checkpoint, key)
+        if resume:
+            kept.check()
         objective = Objective(heads, settings.temperature, settings.label_share, intermediate)
         lesson = Lesson(objective, make, inputs, backend)
         trainer = Trainer(module, lesson, samples, held, settings, ranks, kept, progress, hook)
