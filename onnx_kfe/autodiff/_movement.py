@@ -124,6 +124,21 @@ def pad(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
     return [cotangent]
 
 
+@vjp("Trilu")
+def triangle(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """The same triangle."""
+    upper = node.attributes.get_int("upper", 1)
+    return [backward.op("Trilu", cotangent, *node.inputs[1:], like=node.inputs[0], upper=upper)]
+
+
+@vjp("ReverseSequence")
+def reverse_sequence(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """Reversed again."""
+    x, lengths = node.inputs[0], node.inputs[1]
+    time, batch = node.attributes.get_int("time_axis", 0), node.attributes.get_int("batch_axis", 1)
+    return [backward.op("ReverseSequence", cotangent, lengths, like=x, time_axis=time, batch_axis=batch)]
+
+
 @vjp("DepthToSpace")
 def depth_to_space(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
     """SpaceToDepth, with the channels in the order the mode says."""
