@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -50,12 +49,12 @@ def _parsed(node: ir.Node) -> tuple[list[str], str]:
     if not arrow:
         once = sorted(name for name in set(left) - set(",.") if left.count(name) == 1)
         output = ("..." if "..." in left else "") + "".join(once)
-    spare = [name for name in string.ascii_letters if name not in equation]
-    ranks = [_ellipsis_rank(operand(node, index), term) for index, term in enumerate(terms)]
-    named = [_named(term, spare[: max(ranks)], rank) for term, rank in zip(terms, ranks, strict=True)]
+    rank = max(_ellipsis_rank(operand(node, index), term) for index, term in enumerate(terms))
+    names = "".join(name for name in string.ascii_letters if name not in equation)[:rank]
+    named = [term.replace("...", names) for term in terms]
     if any(len(set(term)) < len(term) for term in named):
         raise Declined("no gradient rule for Einsum along a diagonal")
-    return named, _named(output, spare[: max(ranks)], max(ranks))
+    return named, output.replace("...", names)
 
 
 def _ellipsis_rank(value: ir.Value, term: str) -> int:
@@ -63,8 +62,3 @@ def _ellipsis_rank(value: ir.Value, term: str) -> int:
     if sizes is None:
         raise Declined("no gradient rule for Einsum of an input of unknown rank")
     return len(sizes) - len(term.replace("...", ""))
-
-
-def _named(term: str, names: Sequence[str], rank: int) -> str:
-    """An ellipsis stands for the last of the names."""
-    return term.replace("...", "".join(names[len(names) - rank :]))

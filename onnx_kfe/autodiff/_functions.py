@@ -6,6 +6,7 @@ The forward node stays, and with it the runtime's fused kernel.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ def has_body(op_type: str, opset: int) -> bool:
     """Whether ONNX defines an operator by others in some opset."""
     if not onnx.defs.has(op_type, max_inclusive_version=opset):
         return False
-    schema = onnx.defs.get_schema(op_type, opset)
+    schema: Any = onnx.defs.get_schema(op_type, opset)
     return schema.has_function or schema.has_context_dependent_function
 
 
@@ -64,15 +65,17 @@ def _body(node: ir.Node, opset: int) -> ir.Graph:
     inputs = {value.name: value for value in node.inputs if value is not None}
     # Shapes and axes say what shapes come out.
     known = {name: array for name, value in inputs.items() if (array := _integers(value)) is not None}
+    call = ir.serde.serialize_node(node)
+    function = _definition(node, opset)
+    _state_defaults(call, opset)
+    call.domain = function.domain
     graph = onnx.helper.make_graph(
-        [ir.serde.serialize_node(node)],
+        [call],
         node.op_type,
         [ir.serde.serialize_value(value) for name, value in inputs.items() if name not in known],
         [ir.serde.serialize_value(value) for value in node.outputs if value.name],
         [onnx.numpy_helper.from_array(array, name) for name, array in known.items()],
     )
-    function = _definition(node, opset)
-    graph.node[0].domain = function.domain
     opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(function.domain, 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[function])
     inlined = onnx.inliner.inline_local_functions(model)
@@ -82,7 +85,7 @@ def _body(node: ir.Node, opset: int) -> ir.Graph:
 
 def _definition(node: ir.Node, opset: int) -> onnx.FunctionProto:
     """The definition of an operator, for the inputs and attributes that a node has."""
-    schema = onnx.defs.get_schema(node.op_type, opset)
+    schema: Any = onnx.defs.get_schema(node.op_type, opset)  # the stubs of onnx lack the definitions
     if schema.has_function:
         version = max(known for known in schema.function_opset_versions if known <= opset)
         definition = schema.get_function_with_opset_version(version)
@@ -98,6 +101,14 @@ def _definition(node: ir.Node, opset: int) -> onnx.FunctionProto:
     for imported in function.opset_import:
         imported.version = opset
     return function
+
+
+def _state_defaults(call: onnx.NodeProto, opset: int) -> None:
+    """Give a node the attributes it leaves to the schema, as the definitions rely on."""
+    stated = {attribute.name for attribute in call.attribute}
+    for name, attribute in onnx.defs.get_schema(call.op_type, opset).attributes.items():
+        if name not in stated and attribute.default_value.type:
+            call.attribute.append(attribute.default_value)
 
 
 def _integers(value: ir.Value) -> np.ndarray | None:
