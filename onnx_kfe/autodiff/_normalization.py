@@ -121,6 +121,33 @@ def lp_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) -> 
     return [backward.op("Div", rest, norm, like=x)]
 
 
+@vjp("LRN")
+def local_response_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """`g s^-b - 2 a b x sum(g x s^(-b-1))` with `y = x s^-b`, `s = k + a sum x^2` over windows of channels."""
+    x, y = operand(node, 0), node.outputs[0]
+    alpha, beta = node.attributes.get_float("alpha", 1e-4), node.attributes.get_float("beta", 0.75)
+    square = backward.op("Mul", x, x, like=x)
+    spread = backward.scale(_channel_windows(backward, node, square, mirrored=False), alpha)
+    base = backward.op("Add", spread, backward.number(node.attributes.get_float("bias", 1.0), x), like=x)
+    passed = backward.op("Mul", cotangent, backward.op("Pow", base, backward.number(-beta, x), like=x), like=x)
+    weighted = backward.op("Div", backward.op("Mul", cotangent, y, like=x), base, like=x)
+    shared = backward.op("Mul", x, _channel_windows(backward, node, weighted, mirrored=True), like=x)
+    return [backward.op("Sub", passed, backward.scale(shared, 2 * alpha * beta), like=x)]
+
+
+def _channel_windows(backward: Backward, node: ir.Node, value: ir.Value, mirrored: bool) -> ir.Value:
+    """The mean over the window of channels around each, zero beyond the ends."""
+    size = node.attributes.get_int("size", 1)
+    pads = [(size - 1) // 2, size // 2]
+    before, after = reversed(pads) if mirrored else pads
+    channels = backward.size_of(value, 1)
+    target = backward.op("Concat", backward.ints(0, 1), channels, backward.ints(-1), axis=0)
+    flat = backward.op("Reshape", value, target)
+    padding = [before, 0, after, 0]
+    mean = backward.op("AveragePool", flat, kernel_shape=[size, 1], pads=padding, count_include_pad=1)
+    return backward.reshape_like(mean, value)
+
+
 def _through(backward: Backward, x: ir.Value, scaled: ir.Value, axes: Sequence[int], epsilon: float) -> ir.Value:
     """Through `(x - mean) / sqrt(variance + epsilon)`, the statistics computed again."""
     centred = backward.op("Sub", x, _mean(backward, x, axes), like=x)

@@ -82,3 +82,18 @@ def test_lp_normalization(p):
         {"x": normal(2, 6, 4)},
         lambda x: x / x.norm(p, 1, True),
     )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 4, 5])
+def test_local_response_normalization(size, dynamic):
+    def function(x):
+        squares = F.pad(x * x, (0, 0, 0, 0, (size - 1) // 2, size // 2)).unfold(1, size, 1).sum(-1)
+        return x * (1.5 + 2 / size * squares) ** -0.6
+
+    assert_gradients(
+        [("LRN", "x", "y", {"size": size, "alpha": 2.0, "beta": 0.6, "bias": 1.5})],
+        {"x": normal(2, 7, 3, 4)},
+        function,
+        shapes={"x": ["N", "C", "H", 4]} if dynamic else None,
+    )
