@@ -127,23 +127,20 @@ def local_response_normalization(backward: Backward, node: ir.Node, cotangent: i
     x, y = operand(node, 0), node.outputs[0]
     alpha, beta = node.attributes.get_float("alpha", 1e-4), node.attributes.get_float("beta", 0.75)
     square = backward.op("Mul", x, x, like=x)
-    spread = backward.scale(_channel_windows(backward, node, square, mirrored=False), alpha)
+    spread = backward.scale(_channel_windows(backward, node, square), alpha)
     base = backward.op("Add", spread, backward.number(node.attributes.get_float("bias", 1.0), x), like=x)
     passed = backward.op("Mul", cotangent, backward.op("Pow", base, backward.number(-beta, x), like=x), like=x)
     weighted = backward.op("Div", backward.op("Mul", cotangent, y, like=x), base, like=x)
-    shared = backward.op("Mul", x, _channel_windows(backward, node, weighted, mirrored=True), like=x)
+    shared = backward.op("Mul", x, _channel_windows(backward, node, weighted), like=x)
     return [backward.op("Sub", passed, backward.scale(shared, 2 * alpha * beta), like=x)]
 
 
-def _channel_windows(backward: Backward, node: ir.Node, value: ir.Value, mirrored: bool) -> ir.Value:
+def _channel_windows(backward: Backward, node: ir.Node, value: ir.Value) -> ir.Value:
     """The mean over the window of channels around each, zero beyond the ends."""
     size = node.attributes.get_int("size", 1)
-    pads = [(size - 1) // 2, size // 2]
-    before, after = reversed(pads) if mirrored else pads
-    channels = backward.size_of(value, 1)
-    target = backward.op("Concat", backward.ints(0, 1), channels, backward.ints(-1), axis=0)
+    target = backward.op("Concat", backward.ints(0, 1), backward.size_of(value, 1), backward.ints(-1), axis=0)
     flat = backward.op("Reshape", value, target)
-    padding = [before, 0, after, 0]
+    padding = [size // 2, 0, size // 2, 0]  # the runtime has windows of odd size alone
     mean = backward.op("AveragePool", flat, kernel_shape=[size, 1], pads=padding, count_include_pad=1)
     return backward.reshape_like(mean, value)
 

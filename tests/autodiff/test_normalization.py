@@ -85,10 +85,10 @@ def test_lp_normalization(p):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("size", [1, 3, 4, 5])
+@pytest.mark.parametrize("size", [1, 3, 5])
 def test_local_response_normalization(size, dynamic):
     def function(x):
-        squares = F.pad(x * x, (0, 0, 0, 0, (size - 1) // 2, size // 2)).unfold(1, size, 1).sum(-1)
+        squares = F.pad(x * x, (0, 0, 0, 0, size // 2, size // 2)).unfold(1, size, 1).sum(-1)
         return x * (1.5 + 2 / size * squares) ** -0.6
 
     assert_gradients(
