@@ -75,6 +75,14 @@ def instance_normalization(backward: Backward, node: ir.Node, cotangent: ir.Valu
     return [_through(backward, x, scaled, range(2, len(sizes)), _epsilon(node))]
 
 
+@vjp("MeanVarianceNormalization")
+def mean_variance_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """Over some axes, with nothing to scale by after."""
+    axes = node.attributes.get_ints("axes", (0, 2, 3))
+    # The operator adds 1e-9 to the deviation.
+    return [_through(backward, operand(node, 0), cotangent, axes, 1e-18)]
+
+
 @vjp("GroupNormalization")
 def group_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
     """Over the channels of a group and the spatial axes, with a scale for each channel (opset 21)."""

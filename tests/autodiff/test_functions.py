@@ -96,13 +96,6 @@ def test_a_definition_by_another_defined_operator():
     )
 
 
-def test_mean_variance_normalization():
-    def function(x):
-        return (x - x.mean((0, 2, 3), True)) / (x.std((0, 2, 3), correction=0, keepdim=True) + 1e-9)
-
-    assert_gradients([("MeanVarianceNormalization", "x", "y", {})], {"x": normal(2, 3, 4, 5)}, function)
-
-
 def test_an_operator_without_a_definition_is_blocked():
     model = build([("Det", "x", "y", {})], {"x": normal(3, 3)})
     assert differentiate(model, ["x"]).blocked.popitem()[1] == "no gradient rule for Det (node 'Det0')"

@@ -97,3 +97,13 @@ def test_local_response_normalization(size, dynamic):
         function,
         shapes={"x": ["N", "C", "H", 4]} if dynamic else None,
     )
+
+
+@pytest.mark.parametrize(("attributes", "axes"), [({}, (0, 2, 3)), ({"axes": [1, -1]}, (1, -1))])
+def test_mean_variance_normalization(attributes, axes):
+    assert_gradients(
+        [("MeanVarianceNormalization", "x", "y", attributes)],
+        {"x": normal(2, 3, 4, 5)},
+        lambda x: (x - x.mean(axes, True)) / (x.std(axes, correction=0, keepdim=True) + 1e-9),
+        shapes={"x": ["N", 3, "H", "W"]},
+    )
