@@ -16,6 +16,7 @@ from onnx_kfe.autodiff import (
     _pooling,
     _reduction,
     _resize,
+    _sampling,
     _scatter,
     _trigonometric,
 )
@@ -28,4 +29,4 @@ __all__ = ["Declined", "Emitter", "Gradients", "append_gradients", "interpolatio
 
 # Imported for the rules they register.
 del _arithmetic, _convolution, _einsum, _elementwise, _indexing, _linear, _movement, _nondifferentiable
-del _normalization, _pooling, _reduction, _resize, _scatter, _trigonometric
+del _normalization, _pooling, _reduction, _resize, _sampling, _scatter, _trigonometric
