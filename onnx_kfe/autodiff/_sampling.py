@@ -55,8 +55,8 @@ def grid_sample(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotan
         for place, corner in corners:
             weighted = backward.op("Mul", flat, backward.op("GatherElements", elements, place, axis=2))
             weights.append((backward.op("ReduceSum", weighted, backward.ints(1), keepdims=1), corner))
-        # The last axis is the first coordinate.
-        slopes = [_slope(backward, weights, spatial) for spatial in reversed(range(len(axes)))]
+        # The first coordinate is along the last axis.
+        slopes = [_slope(backward, weights, axis - 2) for axis in reversed(axes)]
         stacked = backward.op("Concat", *slopes, axis=1)
         return backward.reshape_like(backward.op("Transpose", stacked, perm=[0, 2, 1]), grid)
 
@@ -68,34 +68,43 @@ def _neighbours(backward: Backward, node: ir.Node, axis: int, rank: int) -> list
     mode, padding = (node.attributes.get_string(n, d) for n, d in (("mode", "linear"), ("padding_mode", "zeros")))
     if mode in ("cubic", "bicubic") or padding == "reflection":
         raise Declined(f"no gradient rule for GridSample of mode {mode} with padding {padding}")
-    x, grid = operand(node, 0), operand(node, 1)
+    x = operand(node, 0)
     size = backward.op("Cast", backward.size_of(x, axis), dtype=backward.dtype(x), to=int(backward.dtype(x)))
-    zero, one, half = (backward.number(number, x) for number in (0.0, 1.0, 0.5))
+    one = backward.number(1.0, x)
     last = backward.op("Sub", size, one)
-    coordinate = backward.op("Gather", grid, backward.ints(rank - 1 - axis), axis=rank - 1)
-    shifted = backward.op("Add", backward.op("Reshape", coordinate, backward.ints(0, 1, -1)), one)
-    aligned = node.attributes.get_int("align_corners", 0)
-    scale = backward.op("Mul", last if aligned else size, half)
-    position = backward.op("Mul", shifted, scale)
-    if not aligned:
-        position = backward.op("Sub", position, half)
+    position, scale = _position(backward, node, rank - 1 - axis, size, last)
     if padding == "border":
-        clamped = backward.op("Max", zero, backward.op("Min", position, last))
+        clamped = _clamped(backward, position, last)
         scale = backward.op("Mul", scale, _indicator(backward, "Equal", clamped, position))
         position = clamped
-    near = backward.op("Round" if mode == "nearest" else "Floor", position)
     if mode == "nearest":
+        near = backward.op("Round", position)
         return [_Neighbour(_index(backward, near, last), _inside(backward, near, last), None)]
-    fraction = backward.op("Sub", position, near)
+    low = backward.op("Floor", position)
+    fraction = backward.op("Sub", position, low)
     found = []
     for place, weight, sign in (
-        (near, backward.op("Sub", one, fraction), backward.op("Neg", scale)),
-        (backward.op("Add", near, one), fraction, scale),
+        (low, backward.op("Sub", one, fraction), backward.op("Neg", scale)),
+        (backward.op("Add", low, one), fraction, scale),
     ):
         inside = _inside(backward, place, last)
         share, slope = (backward.op("Mul", inside, factor) for factor in (weight, sign))
         found.append(_Neighbour(_index(backward, place, last), share, slope))
     return found
+
+
+def _position(
+    backward: Backward, node: ir.Node, coordinate: int, size: ir.Value, last: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Where along an axis the grid samples, in elements: `[samples, 1, positions]`; and the slope by the coordinate."""
+    half, one = backward.number(0.5, size), backward.number(1.0, size)
+    column = backward.op("Gather", operand(node, 1), backward.ints(coordinate), axis=-1)
+    shifted = backward.op("Add", backward.op("Reshape", column, backward.ints(0, 1, -1)), one)
+    if node.attributes.get_int("align_corners", 0):
+        scale = backward.op("Mul", last, half)
+        return backward.op("Mul", shifted, scale), scale
+    scale = backward.op("Mul", size, half)
+    return backward.op("Sub", backward.op("Mul", shifted, scale), half), scale
 
 
 def _inside(backward: Backward, place: ir.Value, last: ir.Value) -> ir.Value:
@@ -110,8 +119,11 @@ def _indicator(backward: Backward, comparison: str, left: ir.Value, right: ir.Va
 
 def _index(backward: Backward, place: ir.Value, last: ir.Value) -> ir.Value:
     """The nearest index that exists."""
-    clamped = backward.op("Max", backward.number(0.0, place), backward.op("Min", place, last))
-    return backward.op("Cast", clamped, dtype=_INT64, to=int(_INT64))
+    return backward.op("Cast", _clamped(backward, place, last), dtype=_INT64, to=int(_INT64))
+
+
+def _clamped(backward: Backward, place: ir.Value, last: ir.Value) -> ir.Value:
+    return backward.op("Max", backward.op("Min", place, last), backward.number(0.0, place))
 
 
 def _flat_index(backward: Backward, x: ir.Value, corner: Sequence[_Neighbour], like: ir.Value) -> ir.Value:

@@ -78,9 +78,16 @@ def test_expand(dynamic):
         )
 
 
-def test_tile():
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("computed", [False, True])
+def test_tile(computed, dynamic):
+    repeats = {"p": np.array([3, 2])}
     assert_gradients(
-        [("Tile", "x p", "y", {})], {"x": normal(2, 3)}, lambda x: x.tile(3, 2), constants={"p": np.array([3, 2])}
+        [("Tile", "x p", "y", {})],
+        {"x": normal(2, 3), **(repeats if computed else {})},
+        lambda x, *_: x.tile(3, 2),
+        constants={} if computed else repeats,
+        shapes={"x": ["N", "T"]} if dynamic else None,
     )
 
 
