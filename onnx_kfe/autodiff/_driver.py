@@ -33,7 +33,7 @@ def append_gradients(graph: ir.Graph, seeds: Mapping[ir.Value, ir.Value], wanted
 
     Nodes are appended only between the wanted values and the heads. The forward nodes stay as they are, except that
     `MaxPool` and `LayerNormalization` gain the optional outputs their derivatives use, and symbolic sizes that are
-    certainly equal get the same name.
+    certainly equal get the same name. What an operator without a rule is defined by in ONNX is computed again, if any.
 
     Args:
         graph: A sorted graph of opset 18 or later, with shapes inferred. It grows at the end.

@@ -14,7 +14,7 @@ import onnx.inliner
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from onnx_kfe.autodiff._emitter import constant_of
+from onnx_kfe.autodiff._emitter import constant_of, sizes_of
 from onnx_kfe.autodiff._registry import Backward
 
 _DOMAIN = "definition"
@@ -43,7 +43,10 @@ def emit_body(backward: Backward, node: ir.Node) -> tuple[Sequence[ir.Node], Map
     opset = backward.graph.opset_imports.get("", 1)
     if node.domain or not has_body(node.op_type, opset):
         return None
-    body = _body(node, opset)
+    try:
+        body = _body(node, opset)
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError):  # no definition for such inputs
+        return None
     if any(inner.op_type in ("If", "Loop", "Scan") for inner in body):
         return None
     values: dict[str | None, ir.Value] = {
@@ -80,7 +83,18 @@ def _body(node: ir.Node, opset: int) -> ir.Graph:
     model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[function])
     inlined = onnx.inliner.inline_local_functions(model)
     inferred = ir.from_proto(onnx.shape_inference.infer_shapes(inlined, data_prop=True))
-    return LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(inferred).model.graph
+    body = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(inferred).model.graph
+    _make_sizes_private(body, node)
+    return body
+
+
+def _make_sizes_private(body: ir.Graph, node: ir.Node) -> None:
+    """Shape inference numbers new sizes from 0 in every graph: they must not look like sizes of the outer one."""
+    outer = {size for value in node.inputs if value is not None for size in sizes_of(value) or ()}
+    for value in (output for inner in body for output in inner.outputs):
+        if (sizes := sizes_of(value)) is not None:
+            private = f"{node.outputs[0].name}/"
+            value.shape = ir.Shape([private + s if isinstance(s, str) and s not in outer else s for s in sizes])
 
 
 def _definition(node: ir.Node, opset: int) -> onnx.FunctionProto:

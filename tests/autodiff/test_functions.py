@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from onnx_kfe.autodiff import sizes_of
 from tests.autodiff.graphs import assert_gradients, build, differentiate, normal, operators
 
 SHAPES = {name: ["N", 4, "T", 8] for name in "qkv"}
@@ -99,3 +100,25 @@ def test_a_definition_by_another_defined_operator():
 def test_an_operator_without_a_definition_is_blocked():
     model = build([("Det", "x", "y", {})], {"x": normal(3, 3)})
     assert differentiate(model, ["x"]).blocked.popitem()[1] == "no gradient rule for Det (node 'Det0')"
+
+
+def test_a_definition_that_cannot_be_had_blocks(monkeypatch):
+    def refuse(model):
+        raise RuntimeError
+
+    monkeypatch.setattr("onnx.inliner.inline_local_functions", refuse)
+    model = build([("Attention", "q k v", "y", {})], tensors(), opset=23)
+    reasons = set(differentiate(model, ["q"]).blocked.values())
+    assert reasons == {"no gradient rule for Attention (node 'Attention0')"}
+
+
+def test_sizes_of_definitions_have_names_of_their_own():
+    """Two definitions, of inputs with sizes of the same names: none of the inner sizes is taken for another's."""
+    nodes = [("Attention", "x x x", "h", {}), ("Relu", "h", "r", {}), ("Attention", "r x x", "y", {})]
+    model = build(nodes, {"x": normal(2, 4, 5, 8)}, shapes={"x": ["N", 4, "T", 8]}, opset=23)
+    outer = {size for node in model.graph for value in node.outputs for size in sizes_of(value) or ()}
+    differentiate(model, ["x"])
+    sizes = {size for node in model.graph for value in node.outputs for size in sizes_of(value) or ()}
+    inner = {size for size in sizes - outer if isinstance(size, str)}
+    assert inner
+    assert {size.partition("/")[0] for size in inner} <= {"h", "y"}
