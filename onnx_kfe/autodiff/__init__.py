@@ -6,6 +6,7 @@ A rule is one function registered with `vjp`; the modules of this package hold t
 from onnx_kfe.autodiff import (
     _arithmetic,
     _convolution,
+    _einsum,
     _elementwise,
     _indexing,
     _linear,
@@ -15,6 +16,8 @@ from onnx_kfe.autodiff import (
     _pooling,
     _reduction,
     _resize,
+    _sampling,
+    _scatter,
     _trigonometric,
 )
 from onnx_kfe.autodiff._driver import Gradients, append_gradients
@@ -25,5 +28,5 @@ from onnx_kfe.autodiff._resize import interpolation
 __all__ = ["Declined", "Emitter", "Gradients", "append_gradients", "interpolation", "sizes_of"]
 
 # Imported for the rules they register.
-del _arithmetic, _convolution, _elementwise, _indexing, _linear, _movement
-del _nondifferentiable, _normalization, _pooling, _reduction, _resize, _trigonometric
+del _arithmetic, _convolution, _einsum, _elementwise, _indexing, _linear, _movement, _nondifferentiable
+del _normalization, _pooling, _reduction, _resize, _sampling, _scatter, _trigonometric

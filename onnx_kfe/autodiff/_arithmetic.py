@@ -57,6 +57,22 @@ def div(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
     return backward.for_needed(node, rule)
 
 
+@vjp("Mod")
+def mod(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """1 and less the quotient, rounded as the operator does: `(y - a) / b`."""
+    a, b = operand(node, 0), operand(node, 1)
+    y = node.outputs[0]
+
+    def rule(index: int, value: ir.Value) -> ir.Value:
+        passed = cotangent
+        if index:
+            quotient = backward.op("Round", backward.op("Div", backward.op("Sub", y, a, like=y), b, like=y), like=y)
+            passed = backward.op("Mul", cotangent, quotient, like=y)
+        return unbroadcast(backward, passed, value, node.inputs)
+
+    return backward.for_needed(node, rule)
+
+
 @vjp("Pow")
 def power(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
     """`p x^(p-1)` and `y log x`."""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnx_kfe.autodiff._registry import RULES, ZERO_GRADIENT, Backward, Cotangents, Declined
+from onnx_kfe.autodiff._functions import emit_body
+from onnx_kfe.autodiff._registry import RULES, ZERO_GRADIENT, Backward, Cotangents, Declined, operator_name
 from onnx_kfe.autodiff._sizes import unify_sizes
 
 __all__ = ["Gradients", "append_gradients"]
-
-_ONNX = ("", "ai.onnx")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def append_gradients(graph: ir.Graph, seeds: Mapping[ir.Value, ir.Value], wanted
 
     Nodes are appended only between the wanted values and the heads. The forward nodes stay as they are, except that
     `MaxPool` and `LayerNormalization` gain the optional outputs their derivatives use, and symbolic sizes that are
-    certainly equal get the same name.
+    certainly equal get the same name. What an operator without a rule is defined by in ONNX is computed again, if any.
 
     Args:
         graph: A sorted graph of opset 18 or later, with shapes inferred. It grows at the end.
@@ -47,7 +46,8 @@ def append_gradients(graph: ir.Graph, seeds: Mapping[ir.Value, ir.Value], wanted
     """
     unify_sizes(graph)
     nodes = list(graph)
-    active = _active(nodes, wanted)
+    active = set(wanted)
+    _activate(nodes, active)
     reaching = _reaching(nodes, seeds)
     backward = Backward(graph, active)
     sweep = _Sweep(backward, seeds)
@@ -92,6 +92,8 @@ class _Sweep:
             return
         inputs: Cotangents = []
         if reason is None:
+            if operator_name(node) not in RULES and (body := emit_body(self._backward, node)) is not None:
+                return self._visit_body(*body)
             try:
                 inputs = _apply(self._backward, node, cotangents)
             except Declined as declined:
@@ -109,9 +111,18 @@ class _Sweep:
                 lacking = f"no gradient rule for input {index} of {node.op_type} (node '{node.name}')"
                 self.blocked.setdefault(operand, lacking)
 
+    def _visit_body(self, nodes: Sequence[ir.Node], outputs: Mapping[ir.Value, ir.Value]) -> None:
+        """Pass the cotangents on through the nodes that an operator stands for."""
+        _activate(nodes, self._backward.active)
+        for output, computed_again in outputs.items():
+            if (cotangent := self.cotangent(output)) is not None:
+                self._contributions[computed_again] = [cotangent]
+        for node in reversed(nodes):
+            self.visit(node)
+
 
 def _apply(backward: Backward, node: ir.Node, cotangents: Cotangents) -> Cotangents:
-    operator = node.op_type if node.domain in _ONNX else f"{node.domain}.{node.op_type}"
+    operator = operator_name(node)
     rule = RULES.get(operator)
     if rule is None:
         raise Declined(f"no gradient rule for {operator}")
@@ -124,13 +135,11 @@ def _apply(backward: Backward, node: ir.Node, cotangents: Cotangents) -> Cotange
     return [*inputs, *[None] * (len(node.inputs) - len(inputs))]
 
 
-def _active(nodes: Sequence[ir.Node], wanted: Sequence[ir.Value]) -> set[ir.Value]:
-    """The values that change when a wanted value does."""
-    active = set(wanted)
+def _activate(nodes: Sequence[ir.Node], active: set[ir.Value]) -> None:
+    """Add the values that change when an active value does."""
     for node in nodes:
         if any(value in active for value in _differentiable_inputs(node)):
             active.update(filter(_is_floating, node.outputs))
-    return active
 
 
 def _reaching(nodes: Sequence[ir.Node], heads: Mapping[ir.Value, ir.Value]) -> set[ir.Value]:
@@ -154,9 +163,9 @@ def _passes_on(node: ir.Node, index: int) -> bool:
     value = node.inputs[index]
     if value is None or not _is_floating(value):
         return False
-    if node.domain not in _ONNX or node.op_type not in ZERO_GRADIENT:
+    if (operator := operator_name(node)) not in ZERO_GRADIENT:
         return True
-    inputs = ZERO_GRADIENT[node.op_type]
+    inputs = ZERO_GRADIENT[operator]
     return inputs is not None and index not in inputs
 
 

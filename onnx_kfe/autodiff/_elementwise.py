@@ -97,6 +97,12 @@ def thresholded_relu(backward: Backward, node: ir.Node, x: ir.Value, y: ir.Value
     return above(backward, x, node.attributes.get_float("alpha", 1.0))
 
 
+@unary("Shrink")
+def shrink(backward: Backward, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
+    """`|x| > lambd`."""
+    return above(backward, backward.op("Abs", x, like=x), node.attributes.get_float("lambd", 0.5))
+
+
 @unary("Sigmoid")
 def sigmoid(backward: Backward, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
     """`y - y^2`."""

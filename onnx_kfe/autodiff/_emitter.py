@@ -119,6 +119,18 @@ class Emitter:
         self.nodes.append(node)
         return node.outputs
 
+    def again(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Node:
+        """Append a copy of a node of another graph, on inputs of this one."""
+        name = self.unique(node.op_type)
+        attributes = node.attributes.values()
+        copy = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), name=name)
+        for index, (own, output) in enumerate(zip(node.outputs, copy.outputs, strict=True)):
+            output.name = f"{name}/{index}"
+            output.type, output.shape = own.type, own.shape
+        self.graph.append(copy)
+        self.nodes.append(copy)
+        return copy
+
     def unique(self, stem: str) -> str:
         """A name under the prefix that nothing in the graph has."""
         while (name := f"{self._prefix}{stem}_{self._next}") in self._names:

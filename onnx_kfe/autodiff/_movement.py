@@ -89,13 +89,18 @@ def expand(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents
 @vjp("Tile")
 def tile(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
     """The sum over the copies."""
-    x, repeats = operand(node, 0), constant_of(node.inputs[1])
-    sizes = integers(sizes_of(x))
-    if repeats is None or sizes is None:
-        raise Declined("no gradient rule for Tile of an input of unknown size")
-    shape = [factor for pair in zip(repeats.tolist(), sizes, strict=True) for factor in pair]
-    split_up = backward.op("Reshape", cotangent, backward.ints(*shape), shape=shape)
-    return [backward.op("ReduceSum", split_up, backward.ints(*range(0, len(shape), 2)), like=x, keepdims=0)]
+    x, repeats = operand(node, 0), operand(node, 1)
+    sizes = sizes_of(x)
+    if sizes is None:
+        raise Declined("no gradient rule for Tile of an input of unknown rank")
+    times, known = constant_of(repeats), integers(sizes)
+    if times is not None and known is not None:
+        target = backward.ints(*np.stack([times, known], 1).ravel().tolist())
+    else:
+        columns = [backward.op("Unsqueeze", part, backward.ints(1)) for part in (repeats, backward.shape_of(x))]
+        target = backward.op("Reshape", backward.op("Concat", *columns, axis=1), backward.ints(-1))
+    split_up = backward.op("Reshape", cotangent, target, shape=[None] * (2 * len(sizes)))
+    return [backward.op("ReduceSum", split_up, backward.ints(*range(0, 2 * len(sizes), 2)), like=x, keepdims=0)]
 
 
 @vjp("Pad")
@@ -122,6 +127,21 @@ def pad(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
             source = np.pad(np.arange(size), (begin, end), mode=mode)  # type: ignore[call-overload]
             cotangent, shape = map_axis(backward, cotangent, shape, axis, selection(source, size))
     return [cotangent]
+
+
+@vjp("Trilu")
+def triangle(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """The same triangle."""
+    upper = node.attributes.get_int("upper", 1)
+    return [backward.op("Trilu", cotangent, *node.inputs[1:], like=node.inputs[0], upper=upper)]
+
+
+@vjp("ReverseSequence")
+def reverse_sequence(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """Reversed again."""
+    x, lengths = node.inputs[0], node.inputs[1]
+    time, batch = node.attributes.get_int("time_axis", 0), node.attributes.get_int("batch_axis", 1)
+    return [backward.op("ReverseSequence", cotangent, lengths, like=x, time_axis=time, batch_axis=batch)]
 
 
 @vjp("DepthToSpace")

@@ -75,6 +75,14 @@ def instance_normalization(backward: Backward, node: ir.Node, cotangent: ir.Valu
     return [_through(backward, x, scaled, range(2, len(sizes)), _epsilon(node))]
 
 
+@vjp("MeanVarianceNormalization")
+def mean_variance_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """Over some axes, with nothing to scale by after."""
+    axes = node.attributes.get_ints("axes", (0, 2, 3))
+    # The operator adds 1e-9 to the deviation.
+    return [_through(backward, operand(node, 0), cotangent, axes, 1e-18)]
+
+
 @vjp("GroupNormalization")
 def group_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
     """Over the channels of a group and the spatial axes, with a scale for each channel (opset 21)."""
@@ -119,6 +127,30 @@ def lp_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) -> 
     overlap = backward.op("ReduceSum", backward.op("Mul", cotangent, y, like=x), axis, keepdims=1)
     rest = backward.op("Sub", cotangent, backward.op("Mul", slope, overlap, like=x), like=x)
     return [backward.op("Div", rest, norm, like=x)]
+
+
+@vjp("LRN")
+def local_response_normalization(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
+    """`g s^-b - 2 a b x sum(g x s^(-b-1))` with `y = x s^-b`, `s = k + a sum x^2` over windows of channels."""
+    x, y = operand(node, 0), node.outputs[0]
+    alpha, beta = node.attributes.get_float("alpha", 1e-4), node.attributes.get_float("beta", 0.75)
+    square = backward.op("Mul", x, x, like=x)
+    spread = backward.scale(_channel_windows(backward, node, square), alpha)
+    base = backward.op("Add", spread, backward.number(node.attributes.get_float("bias", 1.0), x), like=x)
+    passed = backward.op("Mul", cotangent, backward.op("Pow", base, backward.number(-beta, x), like=x), like=x)
+    weighted = backward.op("Div", backward.op("Mul", cotangent, y, like=x), base, like=x)
+    shared = backward.op("Mul", x, _channel_windows(backward, node, weighted), like=x)
+    return [backward.op("Sub", passed, backward.scale(shared, 2 * alpha * beta), like=x)]
+
+
+def _channel_windows(backward: Backward, node: ir.Node, value: ir.Value) -> ir.Value:
+    """The mean over the window of channels around each, zero beyond the ends."""
+    size = node.attributes.get_int("size", 1)
+    target = backward.op("Concat", backward.ints(0, 1), backward.size_of(value, 1), backward.ints(-1), axis=0)
+    flat = backward.op("Reshape", value, target)
+    padding = [size // 2, 0, size // 2, 0]  # the runtime has windows of odd size alone
+    mean = backward.op("AveragePool", flat, kernel_shape=[size, 1], pads=padding, count_include_pad=1)
+    return backward.reshape_like(mean, value)
 
 
 def _through(backward: Backward, x: ir.Value, scaled: ir.Value, axes: Sequence[int], epsilon: float) -> ir.Value:

@@ -140,13 +140,36 @@ def reduce_log_sum_exp(
     return backward.op("Mul", probability, cotangent, like=x)
 
 
+@reduction("ReduceProd")
+def reduce_prod(backward: Backward, x: ir.Value, y: ir.Value, cotangent: ir.Value, axes: ir.Value | None) -> ir.Value:
+    """The product of the others, which zeros must not be divided out of."""
+    zero, one = backward.number(0.0, x), backward.number(1.0, x)
+    is_zero = backward.op("Equal", x, zero, dtype=ir.DataType.BOOL)
+    zeros = backward.op("Cast", is_zero, like=x, to=int(backward.dtype(x)))
+    nonzero = backward.op("Where", is_zero, one, x, like=x)
+    product = backward.op("Mul", cotangent, backward.op("ReduceProd", nonzero, axes, keepdims=1))
+    # All zeros of the product, if any, are the element itself.
+    alone = backward.op("Equal", zeros, backward.op("ReduceSum", zeros, axes, keepdims=1), dtype=ir.DataType.BOOL)
+    return backward.op("Where", alone, backward.op("Div", product, nonzero, like=x), zero, like=x)
+
+
 @vjp("Softmax")
 def softmax(backward: Backward, node: ir.Node, cotangent: ir.Value) -> Cotangents:
     """`y (g - sum y g)`."""
     y = node.outputs[0]
+    if _is_guarded(y):
+        # A row that is masked as a whole is NaN, and what a later Where puts in its place has no derivative.
+        unknown = backward.op("IsNaN", y, dtype=ir.DataType.BOOL)
+        y = backward.op("Where", unknown, backward.number(0.0, y), y, like=y)
     axis = backward.ints(node.attributes.get_int("axis", -1))
     mean = backward.op("ReduceSum", backward.op("Mul", y, cotangent, like=y), axis, keepdims=1)
     return [backward.op("Mul", y, backward.op("Sub", cotangent, mean, like=y), like=y)]
+
+
+def _is_guarded(y: ir.Value) -> bool:
+    """Whether a Where replaces some of a value."""
+    users = [use.node for use in y.uses()]
+    return any(user.op_type == "Where" or (user.op_type == "Cast" and _is_guarded(user.outputs[0])) for user in users)
 
 
 @vjp("LogSoftmax")

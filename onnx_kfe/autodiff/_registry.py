@@ -9,7 +9,18 @@ import onnx_ir as ir
 
 from onnx_kfe.autodiff._emitter import Emitter
 
-__all__ = ["RULES", "ZERO_GRADIENT", "Backward", "Cotangents", "Declined", "Rule", "operand", "vjp", "zero_gradient"]
+__all__ = [
+    "RULES",
+    "ZERO_GRADIENT",
+    "Backward",
+    "Cotangents",
+    "Declined",
+    "Rule",
+    "operand",
+    "operator_name",
+    "vjp",
+    "zero_gradient",
+]
 
 Cotangents = Sequence[ir.Value | None]
 """For each input of a node the value of its cotangent, None where it was not asked for."""
@@ -24,16 +35,16 @@ class Backward(Emitter):
 
     Args:
         graph: The graph that grows.
-        active: The values a wanted value can change.
+        active: The values a wanted value can change; it grows with the forward nodes that are computed again.
     """
 
     def __init__(self, graph: ir.Graph, active: set[ir.Value]) -> None:
         super().__init__(graph)
-        self._active = active
+        self.active = active
 
     def needs(self, value: ir.Value | None) -> bool:
         """Whether the cotangent of an input is asked for."""
-        return value in self._active
+        return value in self.active
 
     def for_needed(self, node: ir.Node, rule: Callable[[int, ir.Value], ir.Value | None]) -> Cotangents:
         """`rule(index, input)` for the inputs whose cotangents are asked for."""
@@ -71,6 +82,11 @@ def vjp(*op_types: str, every_output: bool = False) -> Callable[[Callable[..., C
         return function
 
     return register
+
+
+def operator_name(node: ir.Node) -> str:
+    """What an operator is registered as: with its domain where that is not the one of ONNX."""
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
 
 
 def operand(node: ir.Node, index: int) -> ir.Value:

@@ -26,8 +26,9 @@ def build(
     outputs: Sequence[str] = ("y",),
     constants: Arrays | None = None,
     shapes: Mapping[str, Sequence[int | str]] | None = None,
+    opset: int = 21,
 ) -> ir.Model:
-    """A model of opset 21 with shapes inferred; `shapes` gives inputs symbolic sizes."""
+    """A model with shapes inferred; `shapes` gives inputs symbolic sizes."""
     made = []
     for index, (op_type, ins, outs, attributes) in enumerate(nodes):
         names = ["" if name == "_" else name for name in ins.split()]
@@ -42,7 +43,7 @@ def build(
     results = [helper.make_tensor_value_info(name, kind, None) for name in outputs]
     initializers = [numpy_helper.from_array(np.asarray(array), name) for name, array in (constants or {}).items()]
     graph = helper.make_graph(made, "graph", declared, results, initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model, data_prop=True))
 
 
@@ -91,6 +92,7 @@ def assert_gradients(
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     wanted: Sequence[str] | None = None,
     tolerance: float = 1e-4,
+    opset: int = 21,
 ) -> ir.Model:
     """Check the outputs and the gradients by the float inputs against a function of torch tensors, in their order."""
     wanted = [name for name in inputs if inputs[name].dtype.kind == "f"] if wanted is None else list(wanted)
@@ -104,7 +106,7 @@ def assert_gradients(
     }
     slopes = torch.autograd.grad(expected, [tensors[n] for n in wanted], [torch.tensor(s) for s in seeds.values()])
 
-    model = build(nodes, inputs, outputs=outputs, constants=constants, shapes=shapes)
+    model = build(nodes, inputs, outputs=outputs, constants=constants, shapes=shapes, opset=opset)
     gradients = differentiate(model, wanted, outputs)
     assert not gradients.blocked, list(gradients.blocked.values())
     got = run(model, {**inputs, **seeds})

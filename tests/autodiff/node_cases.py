@@ -118,7 +118,7 @@ def _check(case: Case) -> tuple[Outcome, str]:
     points = {
         name: (array + 1e-2 * (1 + np.abs(array)) * rng.standard_normal(array.shape)).astype(np.float64)
         for name, array in case.inputs.items()
-        if array.dtype == np.float32 and name not in settings
+        if array.dtype in (np.float32, np.float64) and name not in settings
     }
     if not points:
         raise NotApplicable("no float input")
@@ -191,8 +191,7 @@ def _finite_within(model: onnx.ModelProto, points: dict[str, np.ndarray]) -> boo
 
 def _prepared(case: Case, differentiable: set[str]) -> onnx.ModelProto:
     """The case at the opset of the backward graph, its other inputs as constants."""
-    model = onnx.ModelProto()
-    model.CopyFrom(case.model)
+    model = _in_single(case.model)
     versions = {opset.domain: opset.version for opset in model.opset_import}
     if set(versions) != {""}:
         raise NotApplicable("another domain")
@@ -301,6 +300,16 @@ def _run(model: onnx.ModelProto, feeds: dict[str, np.ndarray], names: list[str])
         if os.environ.get("NODE_CASES_VERBOSE"):
             print(str(error)[:500])
         return None
+
+
+def _in_single(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with float32 inputs and outputs wherever it has float64."""
+    single = onnx.ModelProto()
+    single.CopyFrom(model)
+    for value in (*single.graph.input, *single.graph.output, *single.graph.value_info):
+        if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    return single
 
 
 def _in_double(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -123,3 +123,9 @@ def test_question_marks_are_not_a_name():
     )
     differentiate(model, ["a"])
     assert "NonZero" in operators(model)
+
+
+def test_mod():
+    b = 1.5 + np.abs(normal(5, seed=1))
+    a = 9 * normal(4, 5)
+    assert_gradients([("Mod", "a b", "y", {"fmod": 1})], {"a": a, "b": b}, torch.fmod)

@@ -11,6 +11,7 @@ FUNCTIONS = [
     ("LeakyRelu", {"alpha": -0.3}, lambda x: F.leaky_relu(x, -0.3)),
     ("LeakyRelu", {"alpha": 0.0}, torch.relu),
     ("ThresholdedRelu", {"alpha": 0.5}, lambda x: x * (x > 0.5)),
+    ("Shrink", {"lambd": 1.5, "bias": 0.3}, lambda x: (x - 0.3 * x.sign()) * (x.abs() > 1.5)),
     ("Sigmoid", {}, torch.sigmoid),
     ("Tanh", {}, torch.tanh),
     ("HardSigmoid", {"alpha": 0.3, "beta": 0.4}, lambda x: (0.3 * x + 0.4).clamp(0, 1)),

@@ -78,9 +78,16 @@ def test_expand(dynamic):
         )
 
 
-def test_tile():
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("computed", [False, True])
+def test_tile(computed, dynamic):
+    repeats = {"p": np.array([3, 2])}
     assert_gradients(
-        [("Tile", "x p", "y", {})], {"x": normal(2, 3)}, lambda x: x.tile(3, 2), constants={"p": np.array([3, 2])}
+        [("Tile", "x p", "y", {})],
+        {"x": normal(2, 3), **(repeats if computed else {})},
+        lambda x, *_: x.tile(3, 2),
+        constants={} if computed else repeats,
+        shapes={"x": ["N", "T"]} if dynamic else None,
     )
 
 
@@ -139,3 +146,25 @@ def test_space_to_depth():
         return x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4).reshape(n, 4 * c, h // 2, w // 2)
 
     assert_gradients([("SpaceToDepth", "x", "y", {"blocksize": 2})], {"x": normal(2, 3, 4, 6)}, function)
+
+
+@pytest.mark.parametrize("upper", [0, 1])
+@pytest.mark.parametrize("diagonal", [None, -1, 2])
+def test_triangle(upper, diagonal):
+    triangle = torch.triu if upper else torch.tril
+    assert_gradients(
+        [("Trilu", "x" if diagonal is None else "x k", "y", {"upper": upper})],
+        {"x": normal(2, 4, 5)},
+        lambda x: triangle(x, diagonal or 0),
+        constants={} if diagonal is None else {"k": np.int64(diagonal)},
+        shapes={"x": ["N", "T", 5]},
+    )
+
+
+def test_reverse_sequence():
+    assert_gradients(
+        [("ReverseSequence", "x n", "y", {"time_axis": 1, "batch_axis": 0})],
+        {"x": normal(2, 4, 3)},
+        lambda x: torch.stack([torch.cat([part[:n].flip(0), part[n:]]) for part, n in zip(x, (3, 4), strict=True)]),
+        constants={"n": np.array([3, 4])},
+    )

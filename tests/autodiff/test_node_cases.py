@@ -7,7 +7,7 @@ import pytest
 from tests.autodiff import node_cases
 from tests.autodiff.node_cases import Case, Outcome
 
-AT_LEAST = 690
+AT_LEAST = 930
 
 
 @pytest.fixture(scope="module")

@@ -82,3 +82,28 @@ def test_lp_normalization(p):
         {"x": normal(2, 6, 4)},
         lambda x: x / x.norm(p, 1, True),
     )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_local_response_normalization(size, dynamic):
+    def function(x):
+        squares = F.pad(x * x, (0, 0, 0, 0, size // 2, size // 2)).unfold(1, size, 1).sum(-1)
+        return x * (1.5 + 2 / size * squares) ** -0.6
+
+    assert_gradients(
+        [("LRN", "x", "y", {"size": size, "alpha": 2.0, "beta": 0.6, "bias": 1.5})],
+        {"x": normal(2, 7, 3, 4)},
+        function,
+        shapes={"x": ["N", "C", "H", 4]} if dynamic else None,
+    )
+
+
+@pytest.mark.parametrize(("attributes", "axes"), [({}, (0, 2, 3)), ({"axes": [1, -1]}, (1, -1))])
+def test_mean_variance_normalization(attributes, axes):
+    assert_gradients(
+        [("MeanVarianceNormalization", "x", "y", attributes)],
+        {"x": normal(2, 3, 4, 5)},
+        lambda x: (x - x.mean(axes, True)) / (x.std(axes, correction=0, keepdim=True) + 1e-9),
+        shapes={"x": ["N", 3, "H", "W"]},
+    )

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.autodiff.graphs import assert_gradients, normal
+from tests.autodiff.graphs import assert_gradients, build, differentiate, normal, run
 
 REDUCTIONS = {
     "ReduceSum": lambda x, a, k: x.sum(a, k),
@@ -33,6 +33,40 @@ def test_over_axes(operator, axes, keepdims, mode):
         constants={} if computed else array,
         shapes=None if mode == "static" else {"x": ["N", 3, "T"]},
     )
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("zeros", [0, 1, 2])
+def test_product_of_zeros(zeros, keepdims):
+    x = normal(3, 5)
+    x[1, :zeros] = 0
+    assert_gradients(
+        [("ReduceProd", "x axes", "y", {"keepdims": int(keepdims)})],
+        {"x": x},
+        lambda x: x.prod(1, keepdims),
+        constants={"axes": np.array([1])},
+        shapes={"x": ["N", "T"]},
+    )
+
+
+def test_softmax_of_rows_that_are_masked_as_a_whole():
+    """As exporters write attention: what the mask leaves nothing of is replaced."""
+    mask = np.zeros((3, 4), np.float32)
+    mask[1] = -np.inf
+    mask[2, 1:] = -np.inf
+    nodes = [
+        ("Add", "x m", "s", {}),
+        ("Softmax", "s", "p", {}),
+        ("IsNaN", "p", "n", {}),
+        ("Where", "n zero p", "y", {}),
+    ]
+    model = build(nodes, {"x": normal(3, 4)}, constants={"m": mask, "zero": np.float32(0)})
+    differentiate(model, ["x"])
+    seed = normal(3, 4, seed=1)
+    got = run(model, {"x": normal(3, 4), "dy": seed})["d(x)"]
+    first = torch.tensor(normal(3, 4)[0], requires_grad=True)
+    (expected,) = torch.autograd.grad(first.softmax(0), first, torch.tensor(seed[0]))
+    np.testing.assert_allclose(got, [expected.numpy(), np.zeros(4), np.zeros(4)], atol=1e-6)
 
 
 @pytest.mark.parametrize("keepdims", [False, True])
