@@ -175,7 +175,7 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
     """
     whole = differentiate(model, layers, heads)
     emit, skipped = whole.emit, whole.skipped
-    phase = _input(model.graph, PHASE_INPUT, ir.DataType.INT64, [2])
+    phase = _input(model.graph, PHASE_INPUT, ir.DataType.INT64, [3])
     probes, outputs = [], []
     for layer, x, y, cotangent in whole.layers:
         try:

@@ -180,8 +180,8 @@ def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | N
         return "weight is a graph output"
     if node.op_type == "ConvTranspose":
         return "ConvTranspose has no smaller form yet"
-    if node.op_type == "Conv" and len(weight.const_value.shape) > 4:
-        return "3-D convolution has no smaller form yet"
+    if node.op_type == "Conv" and len(weight.const_value.shape) > 5:
+        return "a convolution over more than three axes"
     if node.op_type == "Gemm" and _int(node, "transA", 0):
         return "Gemm with a transposed input"
     if node.op_type == "MatMul" and len(weight.const_value.shape) != 2:

@@ -156,7 +156,7 @@ class Lockstep:
         model = differentiable_copy(model)
         graph = model.graph
         named = {v.name: v for v in (*graph.inputs, *(value for node in graph for value in node.outputs))}
-        phase = ir.Value(name=_PHASE, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([2]))
+        phase = ir.Value(name=_PHASE, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3]))
         graph.inputs.append(phase)
         y, x, *beside = (named[name] for name in used)
         emit = Emitter(graph, prefix="kfe/refit/")
@@ -200,7 +200,7 @@ class Lockstep:
         for place in range(len(self._sizes)):
             feeds = {name: self._kept.get(place, name) for name in inputs if name != _PHASE}
             if _PHASE in inputs:  # successive batches take successive rows
-                feeds[_PHASE] = np.full(2, place, np.int64)
+                feeds[_PHASE] = np.full(3, place, np.int64)
             found = session.run([*outputs, *sampled], feeds)
             for name, array in zip(outputs, found, strict=False):
                 self._kept.put(place, name, array)

@@ -54,6 +54,14 @@ BY_HAND = [
     ),
     (convolution((8, 3, 1, 3), ["n", 6, 5, 5], group=2), Geometry(6, 8, (1, 3), (1, 1), 2, (5, 3), (5, 5)), 1080),
     (convolution((6, 1, 3, 3), ["n", 6, 5, 5], group=6), Geometry(6, 6, (3, 3), (1, 1), 6, (3, 3), (5, 5)), 486),
+    # floor((9 - 3) / 2) + 1 = 4, 8, reach 2 * (2 - 1) + 1 = 3: 7 + 1 - 3 + 1 = 6
+    (
+        convolution(
+            (8, 3, 3, 1, 2), ["n", 6, 9, 8, 7], group=2, strides=[2, 1, 1], pads=[0, 0, 1, 0, 0, 0], dilations=[1, 1, 2]
+        ),
+        Geometry(6, 8, (3, 1, 2), (2, 1, 1), 2, (4, 8, 6), (9, 8, 7)),
+        27648,
+    ),
     (convolution((8, 4, 5), ["n", 4, 20], strides=[3], pads=[2, 2]), Geometry(4, 8, (5,), (3,), 1, (7,), (20,)), 1120),
     (
         convolution((6, 4, 2, 2), ["n", 6, 5, 5], "ConvTranspose", strides=[2, 2]),
@@ -220,7 +228,8 @@ def test_reasons_of_products(nodes, arrays, reason):
         ((4, 2, 3, 3), ["n", 8, 8, 8], {"group": 4}, "depthwise"),
         ((1, 4, 3, 3), ["n", 4, 8, 8], {}, "too small to factorise"),
         ((8, 1, 1, 1), ["n", 1, 8, 8], {}, "too small to factorise"),
-        ((8, 4, 3, 3, 3), ["n", 4, 8, 8, 8], {}, "3-D convolution has no smaller form yet"),
+        ((8, 4, 3, 3, 3), ["n", 4, 8, 8, 8], {}, None),
+        ((8, 4, 1, 1, 1, 1), ["n", 4, 8, 8, 8, 8], {}, "a convolution over more than three axes"),
         ((4, 8, 3, 3), ["n", 4, 8, 8], {"kind": "ConvTranspose"}, "ConvTranspose has no smaller form yet"),
     ],
 )
@@ -278,7 +287,7 @@ def recompute(layer: Layer, x: np.ndarray) -> torch.Tensor:
     pads = layer.node.attributes.get_ints("pads", [0] * 2 * (len(rest) - 1))
     padding = [p for axis in reversed(range(len(rest) - 1)) for p in (pads[axis], pads[axis + len(rest) - 1])]
     padded = F.pad(torch.from_numpy(x).double(), padding)
-    function = F.conv1d if len(rest) == 2 else F.conv2d
+    function = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}[len(rest)]
     dilations = tuple(layer.node.attributes.get_ints("dilations", [1] * (len(rest) - 1)))
     return function(padded, weight.flatten(0, 1), b, layer.geometry.strides, 0, dilations, groups)
 
@@ -327,7 +336,7 @@ def torch_cost(module: nn.Module, example: torch.Tensor) -> list[tuple[int, int]
     hooks = [
         part.register_forward_hook(count)
         for part in module.modules()
-        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
+        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear)
     ]
     with torch.no_grad():
         module(example)

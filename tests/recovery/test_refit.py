@@ -25,8 +25,8 @@ from tests.tiny import node, tiny, weights
 SAMPLES = 192
 TOPOLOGIES = [
     "plain-13", "residual-dynamo", "strided_shortcut-17", "inverted_residual-17", "grouped-11", "dense-13", "conv1d-13",
-    "inception-17", "unet-13", "pyramid-11", "mlp-11", "attention-13", "two_heads-13", "activations-13", "shared-11",
-    "denoiser-17",
+    "video-17", "inception-17", "unet-13", "pyramid-11", "mlp-11", "attention-13", "two_heads-13", "activations-13",
+    "shared-11", "denoiser-17",
 ]  # fmt: skip
 
 

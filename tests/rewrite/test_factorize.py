@@ -52,9 +52,9 @@ def convolution(weight: tuple[int, ...], bias: bool = True, dtype: type = np.flo
     arrays = {"w": weights(*weight, dtype=dtype)} | ({"b": weights(weight[0], seed=1, dtype=dtype)} if bias else {})
     nodes = [node("Conv", ["x", *arrays], ["h"], "conv", **attributes), node("Relu", ["h"], ["y"], "relu")]
     element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    sizes = [11, 10][:spatial]
+    sizes = [11, 10, 7][:spatial]
     return tiny(
-        nodes, {"x": ["n", channels, *sizes]}, {"y": ["n", weight[0], *"hw"[:spatial]]}, arrays, dtype=element
+        nodes, {"x": ["n", channels, *sizes]}, {"y": ["n", weight[0], *"abc"[:spatial]]}, arrays, dtype=element
     ), (channels, *sizes)
 
 
@@ -71,6 +71,11 @@ GEOMETRIES = [
     ((8, 6, 5), {"strides": [2], "pads": [2, 1]}),
     ((8, 6, 1), {}),
     ((8, 4, 3), {"group": 2, "dilations": [2]}),
+    ((8, 6, 3, 3, 3), {"strides": [2, 1, 2], "pads": [1, 0, 2, 1, 1, 0]}),
+    ((8, 6, 2, 3, 1), {"dilations": [3, 2, 1], "pads": [0, 2, 0, 1, 0, 1]}),
+    ((8, 6, 1, 1, 1), {"strides": [2, 1, 3], "pads": [1, 0, 0, 0, 0, 1]}),
+    ((8, 6, 3, 2, 3), {"auto_pad": "SAME_LOWER", "strides": [2, 2, 1]}),
+    ((12, 4, 3, 1, 2), {"group": 2}),
 ]
 
 
