@@ -25,6 +25,7 @@ __all__ = [
     "emit_inputs",
     "emit_patches",
     "emit_samples",
+    "features_last",
     "float32",
     "grid_strides",
     "position_axes",
@@ -350,6 +351,25 @@ def position_axes(layer: Layer, value: ir.Value) -> range:
     """
     rank = len(value.shape or (None, None))
     return range(2, rank) if layer.op_type == "Conv" else range(1, rank - 1)
+
+
+def features_last(emit: Emitter, layer: Layer, value: ir.Value) -> ir.Value:
+    """An input or output of a layer as of ``x @ W``: transposed where the layer is ``W @ x``.
+
+    Args:
+        emit: Where the nodes go.
+        layer: The layer.
+        value: Its input, its output or a cotangent.
+
+    Raises:
+        KfeError: The number of axes is unknown.
+    """
+    if not layer.left:
+        return value
+    if value.shape is None:
+        raise KfeError(f"the shape of '{value.name}' is unknown")
+    rank = len(value.shape)
+    return emit.transpose(value, [*range(rank - 2), rank - 1, rank - 2])
 
 
 def float32(emit: Emitter, x: ir.Value) -> ir.Value:

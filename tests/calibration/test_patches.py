@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from onnx_kfe.calibration import LayerStatistics, find_heads
+from onnx_kfe.calibration import (
+    LayerStatistics,
+    _patches,
+    collect,
+    collect_eigen_moments,
+    find_heads,
+    input_specs,
+    open_dataset,
+)
 from onnx_kfe.calibration._collect import _Sums
 from onnx_kfe.calibration._instrument import PHASE_INPUT, differentiable_copy, instrument, noise_input
 from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, grid_strides
 from onnx_kfe.graph import open_network
 from onnx_kfe.runtime import create_session
+from tests.networks import mixer
 
 SAMPLES = 3
 
@@ -218,3 +227,28 @@ def test_grid_strides_take_about_the_share_wanted(extent: tuple[int | None, ...]
 
 def test_grid_strides_of_no_axes():
     assert grid_strides((), 0.1) == ()
+
+
+def test_a_constant_on_the_left_has_the_statistics_of_the_transposed_product(monkeypatch):
+    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)
+    monkeypatch.setattr(_patches, "_OUTPUT_COST", math.inf)
+    x = np.random.default_rng(0).standard_normal((20, 6, 7)).astype(np.float32)
+    found, wanted = {}, {}
+    for left, layers in ((True, found), (False, wanted)):
+        network = open_network(mixer(left=left))
+        data = open_dataset({"x": x}, input_specs(network.model))
+        statistics = collect_eigen_moments(network, collect(network, data), data)
+        assert not statistics.skipped
+        layers |= statistics.layers
+    assert list(found) == list(wanted) == ["mix0", "mix1", "head"]
+    inputs = x.astype(np.float64)
+    assert np.allclose(
+        found["mix0"].input_second_moment[0], np.einsum("nct,ndt->cd", inputs, inputs), rtol=1e-4, atol=1e-3
+    )
+    for name, layer in found.items():
+        other = wanted[name]
+        assert layer.positions == other.positions
+        for attribute in ("input_factor", "mean", "output_factor", "saliency", "coherence"):
+            assert np.allclose(getattr(layer, attribute), getattr(other, attribute), rtol=1e-4, atol=1e-6), attribute
+        moments, others = layer.eigen_moments(0).second_moment, other.eigen_moments(0).second_moment
+        assert np.allclose(moments, others, rtol=1e-3, atol=1e-3 * others.max())

@@ -109,6 +109,15 @@ def test_products_by_hand(model, positions):
     assert layer.prunable
 
 
+@pytest.mark.parametrize(("leading", "positions"), [(["n"], 7), (["n", 2, 3], 42), ([4, 2], 14)])
+def test_products_with_the_constant_on_the_left_by_hand(leading, positions):
+    x, y = [*leading, 6, 7], [*leading, 8, 7]
+    layer = only_layer(tiny([node("MatMul", ["w", "x"], ["y"], "layer")], {"x": x}, {"y": y}, {"w": weights(8, 6)}))
+    assert layer.geometry == Geometry(6, 8, repeats=positions)
+    assert (layer.left, layer.input, layer.weight_value.name, layer.prunable) == (True, "x", "w", True)
+    assert layer.parameters == 48
+
+
 def test_products_without_constants_count_too():
     model = tiny([node("MatMul", ["x", "y"], ["z"])], {"x": ["n", 2, 5, 6], "y": ["n", 2, 6, 7]}, {"z": ["n", 2, 5, 7]})
     layer = only_layer(model)
@@ -202,7 +211,8 @@ W = {"w": weights(4, 4)}
     [
         ([node("Gemm", ["x", "w"], ["y"])], W, None),
         ([node("MatMul", ["x", "x"], ["y"])], {}, "no constant weight"),
-        ([node("MatMul", ["w", "x"], ["y"])], W, "the constant is the left operand"),
+        ([node("MatMul", ["w", "x"], ["y"])], {"w": weights(2, 4, 4)}, "weight of rank 3"),
+        ([node("Gemm", ["w", "x"], ["y"])], W, "the constant is the left operand"),
         ([node("Gemm", ["x", "w"], ["y"], transA=1)], W, "Gemm with a transposed input"),
         ([node("Gemm", ["x", "w", "x"], ["y"])], W, "bias is computed in the graph"),
         ([node("Gemm", ["x", "w", "w2"], ["y"])], W | {"w2": weights(4, 4)}, "Gemm whose addend is not a bias vector"),
@@ -282,6 +292,8 @@ def recompute(layer: Layer, x: np.ndarray) -> torch.Tensor:
     weight, bias = torch.from_numpy(layer.weight()), layer.bias()
     groups, out, *rest = weight.shape
     b = torch.from_numpy(bias) if bias is not None else torch.zeros(groups * out, dtype=torch.float64)
+    if layer.left:
+        return weight[0] @ torch.from_numpy(x).double()
     if layer.op_type != "Conv":
         return torch.from_numpy(x).double() @ weight[0].T + b
     pads = layer.node.attributes.get_ints("pads", [0] * 2 * (len(rest) - 1))
@@ -299,6 +311,7 @@ def recompute(layer: Layer, x: np.ndarray) -> torch.Tensor:
         convolution((9, 2, 3, 3), ["n", 6, 8, 8], group=3, dilations=[2, 1]),
         convolution((6, 4, 3), ["n", 4, 9], pads=[1, 0]),
         product(["n", 5, 6], (6, 8), ["n", 5, 8]),
+        tiny([node("MatMul", ["w", "x"], ["y"])], {"x": ["n", 6, 5]}, {"y": ["n", 8, 5]}, {"w": weights(8, 6)}),
         product(["n", 6], (6, 8), ["n", 8], "Gemm", alpha=0.5),
         product(["n", 6], (8, 6), ["n", 8], "Gemm", transB=1),
         *(
