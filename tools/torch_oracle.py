@@ -276,7 +276,7 @@ def _second_moment(rows: Tensor, groups: int) -> Tensor:
 
 
 def _weight(layer: Layer) -> np.ndarray:
-    value = layer.node.inputs[1]
+    value = layer.weight_value
     assert value is not None
     assert value.const_value is not None
     return value.const_value.numpy()

@@ -362,13 +362,13 @@ def features_last(emit: Emitter, layer: Layer, value: ir.Value) -> ir.Value:
         value: Its input, its output or a cotangent.
 
     Raises:
-        KfeError: The number of axes is unknown.
+        KfeError: The number of axes is unknown, or there is but one.
     """
     if not layer.left:
         return value
-    if value.shape is None:
-        raise KfeError(f"the shape of '{value.name}' is unknown")
-    rank = len(value.shape)
+    rank = 0 if value.shape is None else len(value.shape)
+    if rank < 2:
+        raise KfeError(f"'{value.name}' is not known to be a matrix or a stack of them")
     return emit.transpose(value, [*range(rank - 2), rank - 1, rank - 2])
 
 

@@ -118,6 +118,13 @@ def test_products_with_the_constant_on_the_left_by_hand(leading, positions):
     assert layer.parameters == 48
 
 
+def test_a_constant_that_multiplies_a_vector_is_left_alone():
+    nodes = [node("ReduceSum", ["x"], ["v"], axes=[0], keepdims=0), node("MatMul", ["w", "v"], ["y"], "layer")]
+    model = tiny(nodes, {"x": ["n", 6]}, {"y": [8]}, {"w": weights(8, 6)}, opset=11)
+    (layer,) = find_layers(normalize(load(model)))
+    assert layer.reason == "multiplies a vector"
+
+
 def test_products_without_constants_count_too():
     model = tiny([node("MatMul", ["x", "y"], ["z"])], {"x": ["n", 2, 5, 6], "y": ["n", 2, 6, 7]}, {"z": ["n", 2, 5, 7]})
     layer = only_layer(model)
