@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +29,7 @@ __all__ = ["ARCHITECTURES", "CASES", "Case", "load_case"]
 
 LOGITS = {"logits": "categorical"}
 INPUT = "x"
+_BATCH_NORMALISATIONS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,15 @@ def build_module(key: str) -> nn.Module:
 
 def _randomise(part: nn.Module) -> None:
     """Give a layer weights that keep the size of what passes through, and a bias, scale and statistics that matter."""
-    if isinstance(part, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+    if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear):
         nn.init.kaiming_normal_(part.weight, nonlinearity="leaky_relu", a=0.5)
-    elif isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm):
+    elif isinstance(part, _BATCH_NORMALISATIONS | nn.LayerNorm):
         nn.init.uniform_(part.weight, 0.5, 1.5)
     elif isinstance(part, nn.PReLU):
         nn.init.uniform_(part.weight, 0.1, 0.4)
     if isinstance(getattr(part, "bias", None), nn.Parameter):
         nn.init.normal_(part.bias, std=0.2)
-    if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+    if isinstance(part, _BATCH_NORMALISATIONS):
         nn.init.normal_(part.running_mean, std=0.3)
         nn.init.uniform_(part.running_var, 0.5, 2.0)
 
@@ -298,6 +300,19 @@ def conv1d() -> nn.Module:
 
     pool = nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(12, 5)
     return nn.Sequential(block(4, 8, 1), block(8, 16, 2), nn.MaxPool1d(2), block(16, 12, 1), *pool)
+
+
+@architecture(2, 5, 7, 6, opset=17)
+def video() -> nn.Module:
+    """Convolutions over time, height and width."""
+
+    def block(c_in: int, c_out: int, size: int | tuple[int, ...], **options: Any) -> nn.Module:
+        return nn.Sequential(nn.Conv3d(c_in, c_out, size, bias=False, **options), nn.BatchNorm3d(c_out), nn.ReLU())
+
+    body = nn.Sequential(block(8, 6, 1), block(6, 8, 3, padding=(2, 1, 1), dilation=(2, 1, 1)))
+    grouped = block(8, 8, (2, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1), groups=2)
+    pool = nn.MaxPool3d((1, 2, 2)), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 5)
+    return nn.Sequential(block(2, 8, 3, padding=1), Apply(lambda m, x: x + m.body(x), body=body), grouped, *pool)
 
 
 @architecture(3, 12, 12, opset=11)

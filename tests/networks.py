@@ -45,3 +45,33 @@ def samples(count: int, seed: int = 0) -> np.ndarray:
     random = np.random.default_rng(seed)
     level, noise = random.standard_normal((count, 3, 1, 1)), random.standard_normal((count, 3, SIDE, SIDE))
     return (level + noise).astype(np.float32)
+
+
+def mixer(*, left: bool = True) -> onnx.ModelProto:
+    """Tokens mixed and then channels: ``x`` [N, 6, 7] to ``logits`` [N, 5].
+
+    Args:
+        left: Whether tokens are mixed by ``W @ x``, or by ``x^T @ W^T`` between transpositions, which gives the same.
+    """
+    constants = {"w0": weights(10, 6), "b0": weights(10, 1, seed=1), "w1": weights(6, 10, seed=2) / np.float32(3)}
+    constants |= {"w": weights(7, 5, seed=3), "b": weights(5, seed=4)}
+    mixed = {"mix0": ("x", "w0", "m0"), "mix1": ("r0", "w1", "m1")}
+    nodes = {name: [node("MatMul", [w, x], [y], name=name)] for name, (x, w, y) in mixed.items()}
+    if not left:
+        constants |= {w: np.ascontiguousarray(constants[w].T) for w in ("w0", "w1")}
+        for name, (x, w, y) in mixed.items():
+            nodes[name] = [
+                node("Transpose", [x], [f"{x}/t"], perm=[0, 2, 1]),
+                node("MatMul", [f"{x}/t", w], [f"{y}/t"], name=name),
+                node("Transpose", [f"{y}/t"], [y], perm=[0, 2, 1]),
+            ]
+    graph = [
+        *nodes["mix0"],
+        node("Add", ["m0", "b0"], ["a0"], name="add0"),
+        node("Relu", ["a0"], ["r0"], name="relu"),
+        *nodes["mix1"],
+        node("Add", ["m1", "x"], ["sum"], name="sum"),
+        node("ReduceMean", ["sum"], ["mean"], name="mean", axes=[1], keepdims=0),
+        node("Gemm", ["mean", "w", "b"], ["logits"], name="head"),
+    ]
+    return tiny(graph, {"x": ["N", 6, 7]}, {"logits": ["N", 5]}, constants)

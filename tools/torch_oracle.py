@@ -7,6 +7,7 @@ output. Nothing of the product's backward pass, patches or head detection is use
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,10 @@ from onnx_kfe.graph import Layer
 
 __all__ = ["Factors", "Gate", "Grid", "Noise", "Output", "TorchOracle", "all_positions", "relative_error"]
 
-_CONVOLUTIONS = (torch.conv1d, torch.conv2d)
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _PRODUCTS = (torch.matmul, F.linear)
 _GATES = (F.relu, torch.relu, torch.clamp)
-_FULL_GRID = (1, 1)
+_FULL_GRID = (1, 1, 1)
 _ROUNDING = 1e-5
 
 Noise = Callable[[int], Sequence[np.ndarray]]
@@ -227,10 +228,22 @@ def _patches(
     kernel = tuple(weight.shape[2:])
     if set(kernel) == {1} and set(pads) == {0}:
         return _channels_last(x, coarse)
+    if spatial == 3:
+        return _volume_patches(x, kernel, coarse, pads, spread)
     if spatial == 1:
         x, kernel, coarse, pads, spread = x[:, :, None], (1, *kernel), (1, *coarse), (0, *pads), (1, *spread)
     columns = F.unfold(x, kernel, dilation=spread, padding=pads, stride=coarse)
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
+def _volume_patches(
+    x: Tensor, kernel: Sequence[int], strides: Sequence[int], pads: Sequence[int], spread: Sequence[int]
+) -> Tensor:
+    """Patches ``[rows, channels * taps]`` over three axes, which ``unfold`` of torch.nn.functional does not know."""
+    x = F.pad(x, [side for pad in reversed(pads) for side in (pad, pad)])
+    for axis, (k, s, d) in enumerate(zip(kernel, strides, spread, strict=True)):
+        x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
+    return x.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(x.shape[0] * math.prod(x.shape[2:5]), -1)
 
 
 def _channels_last(g: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -263,7 +276,7 @@ def _second_moment(rows: Tensor, groups: int) -> Tensor:
 
 
 def _weight(layer: Layer) -> np.ndarray:
-    value = layer.node.inputs[1]
+    value = layer.weight_value
     assert value is not None
     assert value.const_value is not None
     return value.const_value.numpy()

@@ -10,7 +10,7 @@ from onnx_kfe.calibration._inputs import InputSpec, Sample, fixed_batch
 from onnx_kfe.calibration._instrument import differentiable_copy, find_heads
 from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
 from onnx_kfe.calibration._passes import batch_size, input_specs
-from onnx_kfe.calibration._patches import channel_major, emit_samples
+from onnx_kfe.calibration._patches import channel_major, emit_samples, features_last
 from onnx_kfe.calibration._statistics import Statistics, merge
 from onnx_kfe.calibration._synthetic import synthetic_dataset
 
@@ -36,6 +36,7 @@ __all__ = [
     "detect_heads",
     "differentiable_copy",
     "emit_samples",
+    "features_last",
     "find_heads",
     "fixed_batch",
     "image_preset",

@@ -76,7 +76,7 @@ def _patches(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value) -> ir.Value:
     if layer.op_type != "Conv":
         return emit.op("Reshape", x, emit.ints(0, 1, -1, size))
     spatial = len(geometry.kernel)
-    patches = emit_patches(emit, layer, x, y, [1] * spatial, phase=emit.ints(0, 0))
+    patches = emit_patches(emit, layer, x, y, [1] * spatial, phase=emit.ints(0, 0, 0))
     patches = emit.op("Transpose", patches, perm=[2, *range(3, 3 + spatial), 0, 1])
     if groups == 1:
         return emit.op("Reshape", patches, emit.ints(0, 1, -1, size))

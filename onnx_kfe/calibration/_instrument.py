@@ -14,7 +14,7 @@ from onnx_kfe.autodiff import Emitter, append_gradients
 from onnx_kfe.calibration._coherence import emit_position_means
 from onnx_kfe.calibration._gradients import emit_gate_gradients
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
-from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs
+from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs, features_last
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, serialize
 
@@ -123,7 +123,7 @@ class Differentiated:
     Attributes:
         model: The model.
         emit: Where further nodes go.
-        layers: The layers with a gradient: each with its input, its output and the cotangent of that.
+        layers: The layers with a gradient: each with its input, its output and the cotangent of that, `features_last`.
         skipped: Why the others have none, by layer name.
     """
 
@@ -160,8 +160,14 @@ def differentiate(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head
         output = values[layer.output]
         if output in gradients.blocked:
             skipped[layer.name] = gradients.blocked[output]
+            continue
+        try:
+            ends = values[layer.input], output, gradients.cotangents[output]
+            x, y, cotangent = (features_last(emit, layer, value) for value in ends)
+        except KfeError as error:
+            skipped[layer.name] = str(error)
         else:
-            reached.append((layer, values[layer.input], output, gradients.cotangents[output]))
+            reached.append((layer, x, y, cotangent))
     return Differentiated(model, emit, reached, skipped)
 
 
@@ -175,7 +181,7 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
     """
     whole = differentiate(model, layers, heads)
     emit, skipped = whole.emit, whole.skipped
-    phase = _input(model.graph, PHASE_INPUT, ir.DataType.INT64, [2])
+    phase = _input(model.graph, PHASE_INPUT, ir.DataType.INT64, [3])
     probes, outputs = [], []
     for layer, x, y, cotangent in whole.layers:
         try:

@@ -111,7 +111,7 @@ def _feeds(
     shapes = forward.sample_shapes(batch)
     drawn = [sample_noise(heads, shapes, seed, int(index)) for index in batch.indices]
     noise = {noise_input(head): np.concatenate([row[place] for row in drawn]) for place, head in enumerate(heads)}
-    first = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64))).integers(0, 2**20, 2)
+    first = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64))).integers(0, 2**20, 3)
     phase = first + block  # successive batches take successive rows, so that all are taken equally often
     feeds = {**batch.feeds, **noise, PHASE_INPUT: phase}
     return {value.name: feeds[value.name] for value in session.get_inputs()}

@@ -25,6 +25,7 @@ __all__ = [
     "emit_inputs",
     "emit_patches",
     "emit_samples",
+    "features_last",
     "float32",
     "grid_strides",
     "position_axes",
@@ -79,7 +80,7 @@ def emit_inputs(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir
         layer: The layer.
         x: Its input.
         y: Its output, whose extent the grid covers.
-        phase: Two int64 that move the grid.
+        phase: Three int64 that move the grid.
 
     Returns:
         ``[groups, i, i]`` or ``[i, i]``, ``[groups, i]`` or ``[i]``, and a scalar.
@@ -103,7 +104,7 @@ def emit_cotangents(emit: Emitter, layer: Layer, g: ir.Value, phase: ir.Value) -
         emit: Where the nodes go.
         layer: The layer.
         g: Cotangent of its output.
-        phase: Two int64 that move the grid.
+        phase: Three int64 that move the grid.
     """
     geometry = _geometry(layer)
     total = emit.op("Size", g, dtype=_INT64, shape=())
@@ -127,7 +128,7 @@ def emit_samples(
         layer: The layer.
         x: An input of it.
         outputs: Values of the shape of its output.
-        phase: Two int64 that move the grid.
+        phase: Three int64 that move the grid.
         share: Share of the positions wanted.
 
     Returns:
@@ -164,7 +165,7 @@ def emit_patches(
         x: An input of it.
         y: Its output.
         strides: Of the grid, along each axis.
-        phase: Two int64 that move the grid.
+        phase: Three int64 that move the grid.
 
     Returns:
         ``[taps, C, N, *grid]``.
@@ -278,7 +279,7 @@ def _start(emit: Emitter, y: ir.Value, axis: int, stride: int, phase: ir.Value) 
     if stride == 1:
         return emit.ints(0)
     limit = emit.op("Min", emit.ints(stride), emit.size_of(y, 2 + axis), dtype=_INT64)
-    entry = min(max(axis, 0), 1)
+    entry = min(max(axis, 0), 2)
     chosen = emit.op("Slice", phase, emit.ints(entry), emit.ints(entry + 1), dtype=_INT64)
     return emit.op("Mod", chosen, limit, dtype=_INT64)
 
@@ -350,6 +351,25 @@ def position_axes(layer: Layer, value: ir.Value) -> range:
     """
     rank = len(value.shape or (None, None))
     return range(2, rank) if layer.op_type == "Conv" else range(1, rank - 1)
+
+
+def features_last(emit: Emitter, layer: Layer, value: ir.Value) -> ir.Value:
+    """An input or output of a layer as of ``x @ W``: transposed where the layer is ``W @ x``.
+
+    Args:
+        emit: Where the nodes go.
+        layer: The layer.
+        value: Its input, its output or a cotangent.
+
+    Raises:
+        KfeError: The number of axes is unknown, or there is but one.
+    """
+    if not layer.left:
+        return value
+    rank = 0 if value.shape is None else len(value.shape)
+    if rank < 2:
+        raise KfeError(f"'{value.name}' is not known to be a matrix or a stack of them")
+    return emit.transpose(value, [*range(rank - 2), rank - 1, rank - 2])
 
 
 def float32(emit: Emitter, x: ir.Value) -> ir.Value:

@@ -11,7 +11,15 @@ from onnx_kfe.graph._io import (
     serialize,
     source_name,
 )
-from onnx_kfe.graph._layers import Geometry, Layer, count_macs, count_parameters, find_layers, initializer_array
+from onnx_kfe.graph._layers import (
+    Geometry,
+    Layer,
+    count_macs,
+    count_parameters,
+    find_layers,
+    initializer_array,
+    weight_place,
+)
 from onnx_kfe.graph._network import Network, open_network
 from onnx_kfe.graph._normalize import normalize
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
@@ -47,4 +55,5 @@ __all__ = [
     "save",
     "serialize",
     "source_name",
+    "weight_place",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnx_kfe.graph._layers import weight_place
 from onnx_kfe.graph._network import Network
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 
@@ -112,10 +113,11 @@ def _only_addition(value: ir.Value) -> tuple[ir.Node, ir.Value] | None:
 
 def _is_bias(node: ir.Node, addend: ir.Value) -> bool:
     """Whether a value is a constant for each feature of a MatMul."""
-    weight = node.inputs[1]
+    place = weight_place(node)
+    weight = node.inputs[place]
     if node.op_type != "MatMul" or weight is None or not weight.shape or addend.const_value is None:
         return False
-    return list(addend.const_value.shape) == [weight.shape[-1]]
+    return list(addend.const_value.shape) == ([weight.shape[-1]] if place else [weight.shape[0], 1])
 
 
 def _with_bodies(node: ir.Node) -> Iterator[ir.Node]:

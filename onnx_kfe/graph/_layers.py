@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 
-__all__ = ["Geometry", "Layer", "count_macs", "count_parameters", "find_layers", "initializer_array"]
+__all__ = ["Geometry", "Layer", "count_macs", "count_parameters", "find_layers", "initializer_array", "weight_place"]
 
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LARGEST_PATCH = 12_288  # whose covariance takes 1.2 GB in double precision, several times while it is decomposed
@@ -110,10 +110,22 @@ class Layer:
             math.prod(v.shape.numpy()) for v in self.node.inputs if v is not None and v.is_initializer() and v.shape
         )
 
+    @property
+    def left(self) -> bool:
+        """Whether it is ``W @ x``: its features are the last axis but one of what it reads and writes."""
+        return weight_place(self.node) == 0
+
+    @property
+    def weight_value(self) -> ir.Value | None:
+        """The operand that is the weight, constant or not."""
+        return self.node.inputs[weight_place(self.node)]
+
     def weight(self) -> Array:
         """The weight as ``[groups, out/groups, in/groups, *kernel]``, float64, whatever the node stores."""
-        array = initializer_array(self.node.inputs[1])
-        if self.op_type == "MatMul" or (self.op_type == "Gemm" and not _int(self.node, "transB", 0)):
+        array = initializer_array(self.weight_value)
+        if (self.op_type == "MatMul" and not self.left) or (
+            self.op_type == "Gemm" and not _int(self.node, "transB", 0)
+        ):
             array = array.T
         if self.op_type == "Gemm":
             array = array * _float(self.node, "alpha", 1.0)
@@ -129,6 +141,13 @@ class Layer:
             array = array * _float(self.node, "beta", 1.0)
         out = self.geometry.out_channels if self.geometry else array.size
         return np.broadcast_to(array, (out,)).copy()
+
+
+def weight_place(node: ir.Node) -> int:
+    """Which input of a linear node is its weight: the first of a MatMul whose only constant is there."""
+    left, right = node.inputs[:2]
+    constant = left is not None and left.const_value is not None
+    return 0 if node.op_type == "MatMul" and constant and (right is None or right.const_value is None) else 1
 
 
 def initializer_array(value: ir.Value | None) -> Array:
@@ -154,7 +173,7 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
             continue
         geometry = _geometry(node, shapes, batch)
         reason = _reason(node, geometry, model.graph)
-        x, y = node.inputs[0], node.outputs[0]
+        x, y = node.inputs[1 - weight_place(node)], node.outputs[0]
         layers.append(
             Layer(node.name or "", node.op_type, (x.name if x else "") or "", y.name or "", geometry, reason, node)
         )
@@ -162,7 +181,7 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
 
 
 def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | None:
-    weight = node.inputs[1]
+    weight = node.inputs[weight_place(node)]
     if node.graph is not main:
         return "inside the body of a control-flow operator"
     if weight is None or weight.const_value is None:
@@ -180,12 +199,14 @@ def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | N
         return "weight is a graph output"
     if node.op_type == "ConvTranspose":
         return "ConvTranspose has no smaller form yet"
-    if node.op_type == "Conv" and len(weight.const_value.shape) > 4:
-        return "3-D convolution has no smaller form yet"
+    if node.op_type == "Conv" and len(weight.const_value.shape) > 5:
+        return "a convolution over more than three axes"
     if node.op_type == "Gemm" and _int(node, "transA", 0):
         return "Gemm with a transposed input"
     if node.op_type == "MatMul" and len(weight.const_value.shape) != 2:
         return f"weight of rank {len(weight.const_value.shape)}"
+    if weight_place(node) == 0 and node.outputs[0].shape is not None and len(node.outputs[0].shape) < 2:
+        return "multiplies a vector"
     if len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].const_value is None:
         return "bias is computed in the graph"
     if node.op_type == "Gemm" and len(node.inputs) > 2 and not _is_vector(node.inputs[2]):
@@ -209,7 +230,9 @@ def _is_vector(value: ir.Value | None) -> bool:
 
 
 def _geometry(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], batch: int) -> Geometry | None:
-    names = [value.name if value is not None else None for value in (*node.inputs[:2], node.outputs[0])]
+    place = weight_place(node)
+    operands = node.inputs[1 - place], node.inputs[place], node.outputs[0]
+    names = [value.name if value is not None else None for value in operands]
     if any(name not in shapes for name in names):
         return None
     x, w, y = (shapes[name] for name in names if name is not None)
@@ -220,6 +243,8 @@ def _geometry(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], batch: int) 
         inputs, outputs = x[1], w[0] if node.op_type == "Conv" else w[1] * groups
     elif not x or not y:
         return None
+    elif place == 0:
+        inputs, outputs = w[-1], math.prod(w[:-1])
     else:
         inputs = x[0] if node.op_type == "Gemm" and _int(node, "transA", 0) else x[-1]
         outputs = w[0] if node.op_type == "Gemm" and _int(node, "transB", 0) else (w[-1] if len(w) > 1 else 1)

@@ -1,7 +1,8 @@
 """Bring a model into the form that every later step assumes, without changing what it computes.
 
-BatchNormalization is folded, constants are initializers, weights pass through no Identity, every node has a unique
-name, initializers are no graph inputs, and shapes are inferred with their symbolic dimensions kept.
+BatchNormalization is folded, constants are initializers, weights pass through no Identity, Transpose, Reshape or Cast,
+every node has a unique name, initializers are no graph inputs, and shapes are inferred with their symbolic dimensions
+kept.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 # Fusing a projection's Add into a batched Gemm wraps it in two Reshapes; merging Q, K and V hides the layers that the
 # user knows; sharing equal initializers would tie layers together that only happen to start alike.
 _SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv", "eliminate_duplicate_initializer"]
-_FOLDING_LIMIT = "256MB"
+_FOLDING_LIMIT = 2**28  # bytes of a constant, transposed weights among them
 
 
 def normalize(model: ir.Model) -> ir.Model:
@@ -69,7 +70,7 @@ def _simplify(model: ir.Model) -> ir.Model:
             import onnxsim
 
             simplified, _ = onnxsim.simplify(
-                proto, skipped_optimizers=_SKIPPED_OPTIMIZERS, tensor_size_threshold=_FOLDING_LIMIT
+                proto, skipped_optimizers=_SKIPPED_OPTIMIZERS, tensor_size_threshold=f"{_FOLDING_LIMIT >> 20}MB"
             )
             return ir.from_proto(simplified)
         except Exception as error:
@@ -78,7 +79,8 @@ def _simplify(model: ir.Model) -> ir.Model:
         import onnxscript.optimizer
 
         copy = model.clone()
-        onnxscript.optimizer.optimize_ir(copy)
+        limit = _FOLDING_LIMIT // 4  # elements
+        onnxscript.optimizer.optimize_ir(copy, input_size_limit=limit, output_size_limit=limit)
         return copy
     except Exception as error:
         logger.info("onnxscript could not optimize the model (%s); it is used as it is", error)

@@ -103,7 +103,7 @@ class ChannelPlanner(ThresholdPlanner):
         self._sides = ("rows",) if self._importance.needs == "saliency" else ("rows", "columns")
         self._channels = find_groups(network)
         self._layers = {layer.name: layer for layer in network.layers}
-        weights = {layer.node.inputs[1]: layer.name for layer in network.layers}
+        weights = {layer.weight_value: layer.name for layer in network.layers}
         # of the layers that share a weight one, and none where it is computed
         self._owners = {name for weight, name in weights.items() if weight is not None and weight.is_initializer()}
         self._skipped: dict[str, str] = {}

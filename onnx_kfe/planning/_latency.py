@@ -217,7 +217,7 @@ class _Known:
 
 def _measurable(layer: Layer) -> bool:
     """Whether the layer can be run alone: of known shape, with a constant weight."""
-    weight = layer.node.inputs[1]
+    weight = layer.weight_value
     constant = weight is not None and weight.const_value is not None
     return constant and layer.geometry is not None and layer.op_type != "ConvTranspose"
 

@@ -65,7 +65,7 @@ def _own_cost(layer: Layer, graph: ir.Graph, latency: LatencyModel | None) -> Co
     """What a layer costs, its weight counted only where that is a constant which no other node reads."""
     if layer.geometry is None:
         return Cost(0, 0)
-    cost, weight = dense_cost(layer.geometry), layer.node.inputs[1]
+    cost, weight = dense_cost(layer.geometry), layer.weight_value
     assert weight is not None
     own = graph.initializers.get(weight.name or "") is weight and len(weight.uses()) == 1
     if latency is not None:

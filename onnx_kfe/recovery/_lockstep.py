@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.autodiff import Emitter, sizes_of
-from onnx_kfe.calibration import Batch, channel_major, differentiable_copy, emit_samples
+from onnx_kfe.calibration import Batch, channel_major, differentiable_copy, emit_samples, features_last
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, serialize
 from onnx_kfe.recovery._activations import Activations
@@ -156,10 +156,10 @@ class Lockstep:
         model = differentiable_copy(model)
         graph = model.graph
         named = {v.name: v for v in (*graph.inputs, *(value for node in graph for value in node.outputs))}
-        phase = ir.Value(name=_PHASE, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([2]))
+        phase = ir.Value(name=_PHASE, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3]))
         graph.inputs.append(phase)
-        y, x, *beside = (named[name] for name in used)
         emit = Emitter(graph, prefix="kfe/refit/")
+        y, x, *beside = (features_last(emit, layer, named[name]) for name in used)
         y = self._left(emit, layer, y)
         share = self._share(layer, 1 + len(beside))
         sampled = emit_samples(emit, layer, x, [y, *beside], phase, share)
@@ -200,7 +200,7 @@ class Lockstep:
         for place in range(len(self._sizes)):
             feeds = {name: self._kept.get(place, name) for name in inputs if name != _PHASE}
             if _PHASE in inputs:  # successive batches take successive rows
-                feeds[_PHASE] = np.full(2, place, np.int64)
+                feeds[_PHASE] = np.full(3, place, np.int64)
             found = session.run([*outputs, *sampled], feeds)
             for name, array in zip(outputs, found, strict=False):
                 self._kept.put(place, name, array)
@@ -230,9 +230,10 @@ def _bias(layer: Layer, addend: ir.Value) -> np.ndarray | None:
     """The bias ``[out]`` that adding a constant to the output of a product amounts to."""
     assert layer.geometry is not None
     constant = addend.const_value if addend.is_initializer() else None
-    if layer.op_type == "Conv" or constant is None or list(constant.shape) != [layer.geometry.out_channels]:
+    shape = [layer.geometry.out_channels, 1] if layer.left else [layer.geometry.out_channels]
+    if layer.op_type == "Conv" or constant is None or list(constant.shape) != shape:
         return None
-    return constant.numpy().astype(np.float32)
+    return constant.numpy().astype(np.float32).reshape(-1)
 
 
 def _same_shape(first: ir.Value, second: ir.Value) -> bool:

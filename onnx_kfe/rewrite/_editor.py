@@ -50,7 +50,7 @@ class Editor:
 
         Args:
             output: The value that the bias ``[out]`` would be added to.
-            bias: The bias.
+            bias: The bias, ``[out, 1]`` where features are the last axis but one.
             suffix: Behind the name of the constant, the name of the new one.
 
         Returns:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
-from onnx_kfe.graph import Layer
+from onnx_kfe.graph import Layer, weight_place
 from onnx_kfe.kfe import Array
 from onnx_kfe.planning import Stage
 from onnx_kfe.rewrite._editor import Editor
@@ -38,6 +38,8 @@ class Chain:
 
 class FactorizePass(InPlacePass):
     """Write each chain in place of its layer: standard operators, the model's own dtype, names from the layer's.
+
+    The factors of ``W @ x`` stay on the left.
 
     A stage has kernel, strides, pads and dilations of the axes that it carries; the bias goes on the last stage, so
     that an activation behind the layer still fuses with it. The initializers of the layer stay where another node reads
@@ -76,7 +78,8 @@ class _Writer:
     """Writes the chain of one layer."""
 
     def __init__(self, editor: Editor, node: ir.Node, chain: Chain) -> None:
-        weight = node.inputs[1]
+        self.place = weight_place(node)
+        weight = node.inputs[self.place]
         assert weight is not None
         assert weight.const_value is not None
         self.editor, self.node, self.chain = editor, node, chain
@@ -86,11 +89,12 @@ class _Writer:
     def replace(self) -> None:
         """Put the chain in the layer's place, and drop what nothing else reads."""
         node = self.node
-        old = [value for value in node.inputs[1:] if value is not None and value.is_initializer()]
-        value = node.inputs[0]
+        old = [value for value in node.inputs if value is not None and value.is_initializer()]
+        value = node.inputs[1 - self.place]
         assert value is not None
         write = self._convolution if node.op_type == "Conv" else self._product
         bias, biased = self._bias()
+        added = bias if self.place else bias[:, None]
         nodes: list[ir.Node] = []
         for place, stage in enumerate(self.chain.stages):
             inputs = [value, self._weight(stage, f"{self.chain.form}_{place}")]
@@ -100,8 +104,8 @@ class _Writer:
             value = nodes[-1].outputs[0]
             if place < len(self.chain.stages) - 1:  # its shape is inferred once the graph is whole
                 value.name, value.type = self.editor.unique(f"{nodes[-1].name}_output"), node.outputs[0].type
-        if node.op_type == "MatMul" and np.any(bias) and not self.editor.absorb(node.outputs[0], bias, "kfe"):
-            inputs = [value, self._constant("bias", bias)]
+        if node.op_type == "MatMul" and np.any(bias) and not self.editor.absorb(node.outputs[0], added, "kfe"):
+            inputs = [value, self._constant("bias", added)]
             nodes.append(ir.Node("", "Add", inputs, name=self.editor.unique(f"{node.name}/bias_add")))
             value = nodes[-1].outputs[0]
         ir.convenience.replace_nodes_and_values(self.editor.graph, node, [node], nodes, node.outputs, [value])
@@ -126,7 +130,7 @@ class _Writer:
         if stage.reorders:
             return self._constant(name, stage.weight, ir.DataType.INT64)
         if self.node.op_type != "Conv":
-            return self._constant(name, stage.weight[0] if self._transposed() else stage.weight[0].T)
+            return self._constant(name, stage.weight[0] if self._transposed() or not self.place else stage.weight[0].T)
         groups, out, inside = stage.weight.shape[:3]
         carried = iter(stage.weight.shape[3:])
         kernel = [next(carried) if axis in stage.axes else 1 for axis in range(self._dimensions())]
@@ -163,4 +167,5 @@ class _Writer:
 
     def _product(self, inputs: Sequence[ir.Value], stage: Stage, name: str) -> ir.Node:
         transposed = [ir.AttrInt64("transB", 1)] if self._transposed() else []
-        return ir.Node("", self.node.op_type, inputs, transposed, name=name)
+        operands = inputs if self.place else inputs[::-1]
+        return ir.Node("", self.node.op_type, operands, transposed, name=name)

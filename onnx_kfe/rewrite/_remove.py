@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
-from onnx_kfe.graph import find_junction, initializer_array, only_feeding
+from onnx_kfe.graph import find_junction, initializer_array, only_feeding, weight_place
 from onnx_kfe.kfe import Array
 from onnx_kfe.rewrite._editor import Editor
 
@@ -19,8 +19,8 @@ class RemovePass(InPlacePass):
     """Put a constant in the place of each branch: of its last layer, and of all nodes that only feed that layer.
 
     The residual sum adds the constant instead: ``[1, out, 1, 1]`` (with as many axes as the value) for a convolution,
-    ``[out]`` otherwise, the bias that an Add gave to a MatMul included. Where it is zero, the sum vanishes too, and its
-    readers read the other operand. Initializers stay where another node reads them.
+    ``[out, 1]`` for ``W @ x``, ``[out]`` otherwise, the bias that an Add gave to a MatMul included. Where it is zero,
+    the sum vanishes too, and its readers read the other operand. Initializers stay where another node reads them.
 
     Args:
         removals: Mean output ``[out]`` by name of the last layer of a branch, as found by `find_branches`.
@@ -59,15 +59,16 @@ class RemovePass(InPlacePass):
 
 
 def _remove(editor: Editor, node: ir.Node, mean: Array, keep_sum: bool) -> None:
-    junction, weight = find_junction(node), node.inputs[1]
+    place = weight_place(node)
+    junction, weight = find_junction(node), node.inputs[place]
     assert junction is not None
     assert weight is not None
     assert weight.const_value is not None
     addition = junction.addition
     dying = only_feeding(junction.branch)
-    constant = mean if junction.bias is None else mean + initializer_array(junction.bias)
+    constant = mean if junction.bias is None else mean + initializer_array(junction.bias).reshape(-1)
     if keep_sum or np.any(constant):
-        shape = (1, -1, *(1,) * (len(weight.const_value.shape) - 2)) if node.op_type == "Conv" else (-1,)
+        shape = (1, -1, *(1,) * (len(weight.const_value.shape) - 2)) if node.op_type == "Conv" else (-1, 1)[: 2 - place]
         added = editor.constant(f"{weight.name or node.name}/mean", constant.reshape(shape), weight.const_value.dtype)
         addition.replace_input_with(addition.inputs.index(junction.branch), added)
     else:

@@ -17,7 +17,7 @@ from onnx_kfe.calibration import Head
 from onnx_kfe.graph import Layer, Network, serialize
 from tools.torch_oracle import Noise, Output, TorchOracle
 
-_CONVOLUTIONS = (torch.conv1d, torch.conv2d)
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 @dataclass(frozen=True)

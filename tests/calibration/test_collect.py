@@ -68,6 +68,7 @@ def assert_factors_agree(network: Network, statistics: Statistics, feeds: dict[s
         "shuffle-13",
         "inception-17",
         "conv1d-13",
+        "video-17",
         "dilated-11",
         "mlp-11",
         "gelu_mlp-17",

@@ -27,6 +27,7 @@ CASES = [
     "strided_shortcut-17",
     "grouped-11",
     "conv1d-13",
+    "video-17",
     "dilated-11",
     "mlp-11",
     "attention-dynamo",

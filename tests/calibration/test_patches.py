@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from onnx_kfe.calibration import LayerStatistics, find_heads
+from onnx_kfe.calibration import (
+    LayerStatistics,
+    _patches,
+    collect,
+    collect_eigen_moments,
+    find_heads,
+    input_specs,
+    open_dataset,
+)
 from onnx_kfe.calibration._collect import _Sums
 from onnx_kfe.calibration._instrument import PHASE_INPUT, differentiable_copy, instrument, noise_input
 from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, grid_strides
 from onnx_kfe.graph import open_network
 from onnx_kfe.runtime import create_session
+from tests.networks import mixer
 
 SAMPLES = 3
 
@@ -102,6 +111,12 @@ GEOMETRIES = {
     "wide output 3x3": Geometry((2, 48), (8, 7), (3, 3), strides=(2, 1), pads=(1, 1, 1, 1)),
     "1-D": Geometry((6, 2), (23,), (5,), strides=(2,), pads=(2, 1)),
     "1-D wide": Geometry((2, 30), (23,), (3,)),
+    "3-D": Geometry((6, 2), (5, 6, 4), (3, 3, 3), pads=(1, 1, 1, 1, 1, 1)),
+    "3-D, thin": Geometry((16, 2), (4, 3, 5), (2, 3, 2), pads=(1, 2, 0, 0, 1, 1)),
+    "3-D 1x1x1 strided": Geometry((12, 2), (5, 4, 6), (1, 1, 1), strides=(1, 2, 3)),
+    "3-D dilated": Geometry((4, 2), (6, 7, 8), (2, 3, 1), (2, 1, 3), (3, 2, 1), (1, 2, 0, 3, 0, 1)),
+    "3-D same": Geometry((4, 2), (5, 6, 7), (3, 2, 4), strides=(2, 1, 2), auto_pad="SAME_LOWER"),
+    "3-D grouped, free size": Geometry((8, 4), (5, 4, 6), (3, 2, 3), pads=(1, 0, 1, 1, 1, 1), groups=2, dynamic=True),
     "tokens": Geometry((12, 3), (10,)),
     "tokens wide": Geometry((3, 12), (2, 10)),
     "free size": Geometry((6, 2), (9, 7), (3, 3), strides=(2, 2), pads=(1, 0, 2, 1), dynamic=True),
@@ -128,7 +143,7 @@ class Probed:
         self.noise = random.standard_normal(y.shape).astype(np.float32)
         self.noise_name = noise_input(heads[0])
 
-    def at(self, phase: tuple[int, int]) -> tuple[LayerStatistics, float, float]:
+    def at(self, phase: tuple[int, ...]) -> tuple[LayerStatistics, float, float]:
         """The statistics, scaled up to all positions, and the share of inputs and cotangents seen."""
         feeds = {"x": self.x, self.noise_name: self.noise, PHASE_INPUT: np.array(phase, np.int64)}
         wanted = {value.name for value in self.session.get_inputs()}
@@ -144,12 +159,12 @@ class Probed:
         return sums.statistics(), inputs / positions, cotangents / positions
 
 
-def _phases(geometry: Geometry, extent: tuple[int, ...], share: float) -> list[tuple[int, int]]:
+def _phases(geometry: Geometry, extent: tuple[int, ...], share: float) -> list[tuple[int, ...]]:
     """Every place where the grid over positions of some extent can start."""
     extent = extent if geometry.kernel else extent[-1:]
     known = (None,) * len(extent) if geometry.dynamic else extent
     strides = [min(stride, n) for stride, n in zip(grid_strides(known, min(1.0, share)), extent, strict=True)]
-    return list(itertools.product(*map(range, (*strides, 1)[:2])))
+    return list(itertools.product(*map(range, (*strides, 1, 1)[:3])))
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -186,10 +201,10 @@ def test_all_phases_together_are_all_cotangents(name: str):
     assert np.allclose(moment, np.einsum("tgi,tgj->gij", rows, rows), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["3x3", "tokens", "1-D", "wide output"])
+@pytest.mark.parametrize("name", ["3x3", "tokens", "1-D", "3-D", "wide output"])
 def test_the_grid_leaves_positions_out(name: str):
     """So that the tests above say something."""
-    _, inputs, cotangents = Probed(GEOMETRIES[name]).at((0, 0))
+    _, inputs, cotangents = Probed(GEOMETRIES[name]).at((0, 0, 0))
     assert min(inputs, cotangents) < 0.7
 
 
@@ -212,3 +227,28 @@ def test_grid_strides_take_about_the_share_wanted(extent: tuple[int | None, ...]
 
 def test_grid_strides_of_no_axes():
     assert grid_strides((), 0.1) == ()
+
+
+def test_a_constant_on_the_left_has_the_statistics_of_the_transposed_product(monkeypatch):
+    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)
+    monkeypatch.setattr(_patches, "_OUTPUT_COST", math.inf)
+    x = np.random.default_rng(0).standard_normal((20, 6, 7)).astype(np.float32)
+    found, wanted = {}, {}
+    for left, layers in ((True, found), (False, wanted)):
+        network = open_network(mixer(left=left))
+        data = open_dataset({"x": x}, input_specs(network.model))
+        statistics = collect_eigen_moments(network, collect(network, data), data)
+        assert not statistics.skipped
+        layers |= statistics.layers
+    assert list(found) == list(wanted) == ["mix0", "mix1", "head"]
+    inputs = x.astype(np.float64)
+    assert np.allclose(
+        found["mix0"].input_second_moment[0], np.einsum("nct,ndt->cd", inputs, inputs), rtol=1e-4, atol=1e-3
+    )
+    for name, layer in found.items():
+        other = wanted[name]
+        assert layer.positions == other.positions
+        for attribute in ("input_factor", "mean", "output_factor", "saliency", "coherence"):
+            assert np.allclose(getattr(layer, attribute), getattr(other, attribute), rtol=1e-4, atol=1e-6), attribute
+        moments, others = layer.eigen_moments(0).second_moment, other.eigen_moments(0).second_moment
+        assert np.allclose(moments, others, rtol=1e-3, atol=1e-3 * others.max())

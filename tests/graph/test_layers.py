@@ -54,6 +54,14 @@ BY_HAND = [
     ),
     (convolution((8, 3, 1, 3), ["n", 6, 5, 5], group=2), Geometry(6, 8, (1, 3), (1, 1), 2, (5, 3), (5, 5)), 1080),
     (convolution((6, 1, 3, 3), ["n", 6, 5, 5], group=6), Geometry(6, 6, (3, 3), (1, 1), 6, (3, 3), (5, 5)), 486),
+    # floor((9 - 3) / 2) + 1 = 4, 8, reach 2 * (2 - 1) + 1 = 3: 7 + 1 - 3 + 1 = 6
+    (
+        convolution(
+            (8, 3, 3, 1, 2), ["n", 6, 9, 8, 7], group=2, strides=[2, 1, 1], pads=[0, 0, 1, 0, 0, 0], dilations=[1, 1, 2]
+        ),
+        Geometry(6, 8, (3, 1, 2), (2, 1, 1), 2, (4, 8, 6), (9, 8, 7)),
+        27648,
+    ),
     (convolution((8, 4, 5), ["n", 4, 20], strides=[3], pads=[2, 2]), Geometry(4, 8, (5,), (3,), 1, (7,), (20,)), 1120),
     (
         convolution((6, 4, 2, 2), ["n", 6, 5, 5], "ConvTranspose", strides=[2, 2]),
@@ -99,6 +107,22 @@ def test_products_by_hand(model, positions):
     assert layer.macs == positions * 48
     assert layer.parameters == 48
     assert layer.prunable
+
+
+@pytest.mark.parametrize(("leading", "positions"), [(["n"], 7), (["n", 2, 3], 42), ([4, 2], 14)])
+def test_products_with_the_constant_on_the_left_by_hand(leading, positions):
+    x, y = [*leading, 6, 7], [*leading, 8, 7]
+    layer = only_layer(tiny([node("MatMul", ["w", "x"], ["y"], "layer")], {"x": x}, {"y": y}, {"w": weights(8, 6)}))
+    assert layer.geometry == Geometry(6, 8, repeats=positions)
+    assert (layer.left, layer.input, layer.weight_value.name, layer.prunable) == (True, "x", "w", True)
+    assert layer.parameters == 48
+
+
+def test_a_constant_that_multiplies_a_vector_is_left_alone():
+    nodes = [node("ReduceSum", ["x"], ["v"], axes=[0], keepdims=0), node("MatMul", ["w", "v"], ["y"], "layer")]
+    model = tiny(nodes, {"x": ["n", 6]}, {"y": [8]}, {"w": weights(8, 6)}, opset=11)
+    (layer,) = find_layers(normalize(load(model)))
+    assert layer.reason == "multiplies a vector"
 
 
 def test_products_without_constants_count_too():
@@ -194,7 +218,8 @@ W = {"w": weights(4, 4)}
     [
         ([node("Gemm", ["x", "w"], ["y"])], W, None),
         ([node("MatMul", ["x", "x"], ["y"])], {}, "no constant weight"),
-        ([node("MatMul", ["w", "x"], ["y"])], W, "the constant is the left operand"),
+        ([node("MatMul", ["w", "x"], ["y"])], {"w": weights(2, 4, 4)}, "weight of rank 3"),
+        ([node("Gemm", ["w", "x"], ["y"])], W, "the constant is the left operand"),
         ([node("Gemm", ["x", "w"], ["y"], transA=1)], W, "Gemm with a transposed input"),
         ([node("Gemm", ["x", "w", "x"], ["y"])], W, "bias is computed in the graph"),
         ([node("Gemm", ["x", "w", "w2"], ["y"])], W | {"w2": weights(4, 4)}, "Gemm whose addend is not a bias vector"),
@@ -220,7 +245,8 @@ def test_reasons_of_products(nodes, arrays, reason):
         ((4, 2, 3, 3), ["n", 8, 8, 8], {"group": 4}, "depthwise"),
         ((1, 4, 3, 3), ["n", 4, 8, 8], {}, "too small to factorise"),
         ((8, 1, 1, 1), ["n", 1, 8, 8], {}, "too small to factorise"),
-        ((8, 4, 3, 3, 3), ["n", 4, 8, 8, 8], {}, "3-D convolution has no smaller form yet"),
+        ((8, 4, 3, 3, 3), ["n", 4, 8, 8, 8], {}, None),
+        ((8, 4, 1, 1, 1, 1), ["n", 4, 8, 8, 8, 8], {}, "a convolution over more than three axes"),
         ((4, 8, 3, 3), ["n", 4, 8, 8], {"kind": "ConvTranspose"}, "ConvTranspose has no smaller form yet"),
     ],
 )
@@ -273,12 +299,14 @@ def recompute(layer: Layer, x: np.ndarray) -> torch.Tensor:
     weight, bias = torch.from_numpy(layer.weight()), layer.bias()
     groups, out, *rest = weight.shape
     b = torch.from_numpy(bias) if bias is not None else torch.zeros(groups * out, dtype=torch.float64)
+    if layer.left:
+        return weight[0] @ torch.from_numpy(x).double()
     if layer.op_type != "Conv":
         return torch.from_numpy(x).double() @ weight[0].T + b
     pads = layer.node.attributes.get_ints("pads", [0] * 2 * (len(rest) - 1))
     padding = [p for axis in reversed(range(len(rest) - 1)) for p in (pads[axis], pads[axis + len(rest) - 1])]
     padded = F.pad(torch.from_numpy(x).double(), padding)
-    function = F.conv1d if len(rest) == 2 else F.conv2d
+    function = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}[len(rest)]
     dilations = tuple(layer.node.attributes.get_ints("dilations", [1] * (len(rest) - 1)))
     return function(padded, weight.flatten(0, 1), b, layer.geometry.strides, 0, dilations, groups)
 
@@ -290,6 +318,7 @@ def recompute(layer: Layer, x: np.ndarray) -> torch.Tensor:
         convolution((9, 2, 3, 3), ["n", 6, 8, 8], group=3, dilations=[2, 1]),
         convolution((6, 4, 3), ["n", 4, 9], pads=[1, 0]),
         product(["n", 5, 6], (6, 8), ["n", 5, 8]),
+        tiny([node("MatMul", ["w", "x"], ["y"])], {"x": ["n", 6, 5]}, {"y": ["n", 8, 5]}, {"w": weights(8, 6)}),
         product(["n", 6], (6, 8), ["n", 8], "Gemm", alpha=0.5),
         product(["n", 6], (8, 6), ["n", 8], "Gemm", transB=1),
         *(
@@ -327,7 +356,7 @@ def torch_cost(module: nn.Module, example: torch.Tensor) -> list[tuple[int, int]
     hooks = [
         part.register_forward_hook(count)
         for part in module.modules()
-        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
+        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear)
     ]
     with torch.no_grad():
         module(example)

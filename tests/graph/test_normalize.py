@@ -209,6 +209,32 @@ def test_simplifiers_that_fail_are_done_without(monkeypatch, name, both):
     np.testing.assert_allclose(run(normal, inputs)["logits"], run(case.model, inputs)["logits"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("simplifier", ["onnxsim", "onnxscript"])
+@pytest.mark.parametrize("kind", ["Transpose", "Reshape", "Cast", "Identity", "Squeeze"])
+def test_weights_that_pass_through_something_are_folded(monkeypatch, kind, simplifier):
+    """Also those larger than what simplifiers fold by themselves."""
+    import onnxsim
+
+    if simplifier == "onnxscript":
+        monkeypatch.setattr(onnxsim, "simplify", fails)
+    weight = weights(6, 3000)
+    stored = {
+        "Transpose": weight.T, "Reshape": weight.reshape(-1), "Cast": weight.astype(np.float16), "Squeeze": weight[None]
+    }.get(kind, weight)  # fmt: skip
+    arguments = {"Reshape": np.array([6, 3000]), "Squeeze": np.array([0])}
+    arrays = {"w": np.ascontiguousarray(stored)} | ({"a": arguments[kind]} if kind in arguments else {})
+    nodes = [
+        node(kind, list(arrays), ["v"], "passed", **({"to": 1} if kind == "Cast" else {})),
+        node("MatMul", ["x", "v"], ["y"], "layer"),
+    ]
+    model = tiny(nodes, {"x": ["n", 6]}, {"y": ["n", 3000]}, arrays)
+    normal = normalize(load(model))
+    (layer,) = find_layers(normal)
+    assert (layer.prunable, layer.parameters, [n.op_type for n in normal.graph]) == (True, 18000, ["MatMul"])
+    x = {"x": weights(2, 6, seed=1)}
+    np.testing.assert_allclose(run(normal, x)["y"], run(model, x)["y"], rtol=1e-5, atol=1e-5)
+
+
 def test_missing_simplifiers_are_done_without(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxsim", None)
     monkeypatch.setitem(sys.modules, "onnxscript.optimizer", None)

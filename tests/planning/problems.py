@@ -17,6 +17,8 @@ SHAPES = {  # weight, groups, input
     "3x3": ((8, 6, 3, 3), 1, ["n", 6, 5, 5]),
     "1x3": ((8, 6, 1, 3), 1, ["n", 6, 5, 5]),
     "conv1d": ((8, 6, 3), 1, ["n", 6, 9]),
+    "conv3d": ((8, 6, 3, 2, 2), 1, ["n", 6, 5, 4, 5]),
+    "1x1x1": ((10, 6, 1, 1, 1), 1, ["n", 6, 3, 4, 5]),
     "grouped 1x1": ((8, 6, 1, 1), 2, ["n", 12, 5, 5]),
     "grouped 3x3": ((12, 5, 3, 3), 2, ["n", 10, 5, 5]),
     "grouped conv1d": ((12, 5, 5), 2, ["n", 10, 9]),
@@ -34,7 +36,7 @@ def model_of(name: str) -> onnx.ModelProto:
     kernel = weight[2:]
     pads = [k // 2 for k in kernel] * 2
     conv = node("Conv", ["x", "w", "b"], ["y"], "layer", group=groups, strides=[2] * len(kernel), pads=pads)
-    outputs = ["n", weight[0], *("hw"[: len(kernel)])]
+    outputs = ["n", weight[0], *("abc"[: len(kernel)])]
     return tiny([conv], {"x": shape}, {"y": outputs}, arrays | {"b": weights(weight[0], seed=1)})
 
 

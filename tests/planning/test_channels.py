@@ -20,7 +20,7 @@ from tests.tiny import node, tiny, weights
 
 MODELS = [
     "plain-13", "residual-11", "inverted_residual-17", "grouped-11", "inception-17", "autoencoder-13", "conv1d-13",
-    "shared-11", "two_heads-13", "attention-13", "gelu_mlp-17",
+    "video-17", "shared-11", "two_heads-13", "attention-13", "gelu_mlp-17",
 ]  # fmt: skip
 
 

@@ -28,8 +28,17 @@ def test_every_layer_has_a_form_and_every_form_a_layer():
     assert {name for _, name in APPLYING} == set(SHAPES)
     assert {form for form, _ in APPLYING} == set(SEARCHED)
     pointwise = {name for form, name in APPLYING if form == "two_factor"}
-    assert pointwise == {"1x1", "grouped 1x1", "matmul"}
+    assert pointwise == {"1x1", "1x1x1", "grouped 1x1", "matmul"}
     assert {form for form, name in APPLYING if name in pointwise} == {"two_factor", "block_diagonal"}
+
+
+@pytest.mark.parametrize("name", ["conv3d", "1x1x1", "conv1d", "matmul"])
+def test_a_form_of_two_axes_is_no_form_of_other_layers(name, tmp_path):
+    network = network_of(name)
+    path = tmp_path / "plan.json"
+    Plan(network.fingerprint, {"layer": Candidate("spatial", (1,), Cost(0, 0), 0.0)}, Cost(0, 0)).save(path)
+    with pytest.raises(UsageError, match="form 'spatial' does not apply to it"):
+        Plan.load(path, network)
 
 
 @pytest.mark.parametrize(("form", "name"), LOW_RANK)
@@ -94,7 +103,7 @@ def network_of(name: str):
     pads = [k // 2 for k in kernel] * 2
     conv = node("Conv", ["x", "w"], ["y"], "layer", group=groups, strides=[2] * len(kernel), pads=pads)
     return open_network(
-        tiny([conv], {"x": shape}, {"y": ["n", weight[0], *"hw"[: len(kernel)]]}, {"w": weights(*weight)})
+        tiny([conv], {"x": shape}, {"y": ["n", weight[0], *"abc"[: len(kernel)]]}, {"w": weights(*weight)})
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 import onnx_kfe as kfe
@@ -20,13 +21,14 @@ from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.rewrite import apply_plan, write_chains
 from onnx_kfe.runtime import create_session
 from tests.cases import INPUT, load_case
+from tests.networks import mixer
 from tests.tiny import node, tiny, weights
 
 SAMPLES = 192
 TOPOLOGIES = [
     "plain-13", "residual-dynamo", "strided_shortcut-17", "inverted_residual-17", "grouped-11", "dense-13", "conv1d-13",
-    "inception-17", "unet-13", "pyramid-11", "mlp-11", "attention-13", "two_heads-13", "activations-13", "shared-11",
-    "denoiser-17",
+    "video-17", "inception-17", "unet-13", "pyramid-11", "mlp-11", "attention-13", "two_heads-13", "activations-13",
+    "shared-11", "denoiser-17",
 ]  # fmt: skip
 
 
@@ -62,6 +64,31 @@ def test_where_nothing_changes_nothing_is_changed(name: str):
     found = outputs(serialize(write_chains(network, plan, statistics, chains)), feeds)
     for wanted, array in zip(outputs(serialize(network.original), feeds), found, strict=True):
         np.testing.assert_allclose(array, wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
+
+
+def test_constants_on_the_left_are_solved_anew():
+    """As the product of the transposed matrices is; and where nothing changes nothing is changed."""
+    x = (weights(SAMPLES, 7, 6) @ weights(6, 6, seed=1)).swapaxes(1, 2) + weights(1, 6, 1, seed=2)
+    turned = [
+        node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
+        node("MatMul", ["t", "w"], ["h"], "layer"),
+        node("Transpose", ["h"], ["y"], perm=[0, 2, 1]),
+    ]
+    found = []
+    for nodes, weight in (([node("MatMul", ["w", "x"], ["y"], "layer")], weights(8, 6)), (turned, weights(8, 6).T)):
+        network = open_network(tiny(nodes, {"x": ["n", 6, 7]}, {"y": ["n", 8, 7]}, {"w": np.ascontiguousarray(weight)}))
+        statistics = kfe.collect(network, {"x": x})
+        plan = dense_plan(network)
+        plan.choices["layer"] = Candidate("two_factor", (2,), Cost(0, 0), 0.0)
+        chains = refit(network, plan, statistics, dataset(network, {"x": x}))
+        found += outputs(serialize(write_chains(network, plan, statistics, chains)), {"x": x})
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-3 * np.abs(found[1]).max())
+    network, feeds = open_network(mixer()), {"x": weights(SAMPLES, 6, 7)}
+    statistics, plan = kfe.collect(network, feeds), dense_plan(network)
+    same = write_chains(network, plan, statistics, refit(network, plan, statistics, dataset(network, feeds)))
+    assert [layer.left for layer in open_network(ir.to_proto(same)).layers] == [True, True, False]
+    wanted, array = (outputs(serialize(model), feeds)[0] for model in (network.original, same))
+    np.testing.assert_allclose(array, wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
 
 
 @pytest.fixture(scope="module")

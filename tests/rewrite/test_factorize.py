@@ -52,9 +52,9 @@ def convolution(weight: tuple[int, ...], bias: bool = True, dtype: type = np.flo
     arrays = {"w": weights(*weight, dtype=dtype)} | ({"b": weights(weight[0], seed=1, dtype=dtype)} if bias else {})
     nodes = [node("Conv", ["x", *arrays], ["h"], "conv", **attributes), node("Relu", ["h"], ["y"], "relu")]
     element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    sizes = [11, 10][:spatial]
+    sizes = [11, 10, 7][:spatial]
     return tiny(
-        nodes, {"x": ["n", channels, *sizes]}, {"y": ["n", weight[0], *"hw"[:spatial]]}, arrays, dtype=element
+        nodes, {"x": ["n", channels, *sizes]}, {"y": ["n", weight[0], *"abc"[:spatial]]}, arrays, dtype=element
     ), (channels, *sizes)
 
 
@@ -71,6 +71,11 @@ GEOMETRIES = [
     ((8, 6, 5), {"strides": [2], "pads": [2, 1]}),
     ((8, 6, 1), {}),
     ((8, 4, 3), {"group": 2, "dilations": [2]}),
+    ((8, 6, 3, 3, 3), {"strides": [2, 1, 2], "pads": [1, 0, 2, 1, 1, 0]}),
+    ((8, 6, 2, 3, 1), {"dilations": [3, 2, 1], "pads": [0, 2, 0, 1, 0, 1]}),
+    ((8, 6, 1, 1, 1), {"strides": [2, 1, 3], "pads": [1, 0, 0, 0, 0, 1]}),
+    ((8, 6, 3, 2, 3), {"auto_pad": "SAME_LOWER", "strides": [2, 2, 1]}),
+    ((12, 4, 3, 1, 2), {"group": 2}),
 ]
 
 
@@ -143,6 +148,36 @@ def matmul(*after: onnx.NodeProto, outputs: tuple[str, ...] = ("y",), **arrays: 
     nodes = [node("MatMul", ["x", "w"], ["h"], "layer"), *after]
     shapes = {name: ["n", 4, 8] for name in outputs}
     return tiny(nodes, {"x": ["n", 4, 6]}, shapes, {"w": weights(6, 8), **arrays})
+
+
+@pytest.mark.parametrize("form", ["two_factor", "kfe_c_obd"])
+@pytest.mark.parametrize("bias", [None, (8, 1), (8,)])
+def test_a_constant_on_the_left_stays_there(form, bias):
+    """An Add of one number a feature takes the bias; one along the other axis is none."""
+    arrays = {"w": weights(8, 6)} | ({} if bias is None else {"b": weights(*bias, seed=1)})
+    nodes = [node("MatMul", ["w", "x"], ["h"], "layer")]
+    nodes += [node("Relu", ["h"], ["y"])] if bias is None else [node("Add", ["h", "b"], ["y"])]
+    model = tiny(nodes, {"x": ["n", 6, 8]}, {"y": ["n", 8, 8]}, arrays)
+    for centred in (False, True):
+        smaller = pruned(model, form=form, centred=centred)
+        assert_same(model, smaller, (6, 8))
+        assert [tuple(value.is_initializer() for value in n.inputs) for n in smaller.graph][:2] == [(True, False)] * 2
+        assert [layer.left for layer in find_layers(smaller)] == [True, True]
+    smaller = pruned(model, ranks=3, form=form, centred=True)
+    added = [] if bias == (8, 1) else ["Add"]
+    assert kinds(smaller) == ["MatMul", "MatMul", *added, *("Relu" if bias is None else "Add",)]
+    shapes = {tuple(value.shape) for value in smaller.graph.initializers.values()}
+    assert shapes == {(3, 6), (8, 3), (8, 1), bias or (8, 1)}
+    if bias is not None:
+        x = weights(20, 6, 8, seed=5) + weights(1, 6, 1, seed=6)
+        network = open_network(model)
+        statistics = exact_statistics(network, x.swapaxes(1, 2))
+        before, after = (
+            run(model, {"x": x})["y"],
+            run(apply_plan(network, plan_for(network, 3), statistics)[0], {"x": x})["y"],
+        )
+        np.testing.assert_allclose(after.mean((0, 2)), before.mean((0, 2)), rtol=1e-3, atol=1e-4)
+        assert np.abs(after - before).max() > 1e-2
 
 
 BIAS = weights(8, seed=1)

@@ -63,7 +63,7 @@ def learnt_directions(network: Network, layer: str, form: str, model: ir.Model) 
     bias = max(found, key=_number).bias()
     for node in model.graph:
         if node.name == f"{layer}/bias_add" and node.inputs[1] is not None and node.inputs[1].const_value is not None:
-            bias = node.inputs[1].const_value.numpy().astype(np.float64)
+            bias = node.inputs[1].const_value.numpy().astype(np.float64).reshape(-1)
     return Directions(encoder, core, decoder), np.zeros(len(decoder)) if bias is None else bias
 
 
