@@ -35,6 +35,7 @@ __all__ = [
     "Images",
     "Json",
     "Labels",
+    "Loss",
     "Machine",
     "Memory",
     "Method",
@@ -54,6 +55,9 @@ __all__ = [
     "parse_shard",
     "required",
 ]
+
+_LOSS_HELP = "ONNX graph from outputs (labels, arrays of the data) to a loss [N] in nats, in the place of the heads."
+Loss = Annotated[Path | None, typer.Option("--loss", help=_LOSS_HELP)]
 
 Model = Annotated[Path, typer.Argument(help="The .onnx file; it is never modified.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="File to write, whole or not at all.")]

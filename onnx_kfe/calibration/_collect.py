@@ -12,7 +12,8 @@ from onnx_kfe.calibration._forward import Forward
 from onnx_kfe.calibration._heads import detect_heads
 from onnx_kfe.calibration._instrument import Probe, differentiable_copy, instrument
 from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
-from onnx_kfe.calibration._passes import Progress, batch_size, blocks, input_specs, run_pass
+from onnx_kfe.calibration._loss import Loss
+from onnx_kfe.calibration._passes import Progress, batch_size, blocks, data_specs, input_specs, run_pass
 from onnx_kfe.calibration._patches import channel_major
 from onnx_kfe.calibration._statistics import Statistics
 from onnx_kfe.errors import KfeError, UsageError
@@ -28,6 +29,7 @@ def collect(
     data: Dataset,
     *,
     heads: Mapping[str, str] | None = None,
+    loss: Loss | None = None,
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
     providers: Sequence[str] = (),
@@ -40,8 +42,9 @@ def collect(
 
     Args:
         network: The model.
-        data: Calibration samples; labels are not used.
+        data: Calibration samples; labels are not used, but by a loss that reads them.
         heads: Kind by output name where detection should be overruled.
+        loss: What is differentiated in the place of the heads: the empirical Fisher information, see `open_loss`.
         seed: Seed of noise and positions.
         shard: ``(i, n)``: collect the i-th of n parts, to be merged.
         providers: Execution providers, CPU when empty.
@@ -50,24 +53,27 @@ def collect(
 
     Raises:
         KfeError: Nothing can be collected, or an activation or gradient is not finite (the layer is named).
+        UsageError: The loss is neither one value a sample nor their sum.
     """
     index, count = shard
     if not 0 <= index < count:
         raise UsageError(f"--shard {index}/{count}: shards are numbered 0 to {count - 1}")
     first = next(iter(data))
-    shapes = {name: array.shape for name, array in first.sample.items()}
-    specs = input_specs(network.model)
+    shapes = {spec.name: first.sample[spec.name].shape for spec in input_specs(network.model)}
+    specs = data_specs(network.model, loss)
     size = batch_size(network, shapes)
     copy = differentiable_copy(network.model)
     forward = Forward(copy, detect_heads(copy.graph, heads), providers=providers, threads=threads)
     scaled = forward.scaled_heads(itertools.islice(blocks(data, size, specs), -(-_SCALE_SAMPLES // size)))
-    instrumented = instrument(copy, network.prunable, scaled)
+    if loss is not None:
+        loss.check(copy, data, specs, providers=providers, threads=threads)
+    instrumented = instrument(copy, network.prunable, scaled, loss)
     sums = {probe.layer.name: _Sums(probe) for probe in instrumented.probes}
     names = [name for probe in instrumented.probes for name in probe.outputs]
     samples = 0
     for done, results in run_pass(
         instrumented.model, names, blocks(data, size, specs, shard), forward, scaled, seed,
-        providers=providers, threads=threads, progress=progress,
+        loss=loss, providers=providers, threads=threads, progress=progress,
     ):  # fmt: skip
         for layer in sums.values():
             layer.add(results, done)
@@ -77,6 +83,7 @@ def collect(
     return Statistics(
         network.fingerprint, seed, samples, scaled, shapes,
         {name: layer.statistics() for name, layer in sums.items()}, instrumented.skipped, [(index, count)],
+        loss=loss.fingerprint if loss is not None else None,
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from onnx_kfe.calibration._forward import Forward
 from onnx_kfe.calibration._gradients import emit_squared_gradients
 from onnx_kfe.calibration._instrument import differentiable_copy, differentiate
 from onnx_kfe.calibration._layer_statistics import LayerStatistics
-from onnx_kfe.calibration._passes import ACTIVATION_BUDGET, Progress, batch_size, blocks, input_specs, run_pass
+from onnx_kfe.calibration._loss import Loss
+from onnx_kfe.calibration._passes import ACTIVATION_BUDGET, Progress, batch_size, blocks, data_specs, run_pass
 from onnx_kfe.calibration._patches import channel_major
 from onnx_kfe.calibration._statistics import Statistics
 from onnx_kfe.errors import KfeError
@@ -32,6 +33,7 @@ def collect_eigen_moments(
     statistics: Statistics,
     data: Dataset,
     *,
+    loss: Loss | None = None,
     providers: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = lambda samples: None,
@@ -44,6 +46,7 @@ def collect_eigen_moments(
         network: The model.
         statistics: Its whole statistics.
         data: The samples that they were collected on.
+        loss: What was differentiated in the place of the heads.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
         progress: Called with the number of samples done since the last call.
@@ -54,16 +57,17 @@ def collect_eigen_moments(
     statistics.check_model(network.fingerprint)
     if statistics.shards != [(0, 1)]:
         raise KfeError("second moments in the eigenbases need the whole statistics: merge the shards first")
+    statistics.check_loss(loss.fingerprint if loss is not None else None)
     copy = differentiable_copy(network.model)
     forward = Forward(copy, statistics.heads, providers=providers, threads=threads)
     layers = [layer for layer in network.prunable if layer.name in statistics.layers]
-    specs, size = input_specs(network.model), _batch_size(network, statistics, layers)
+    specs, size = data_specs(network.model, loss), _batch_size(network, statistics, layers)
     bases = {layer.name: _bases(layer, statistics.layers[layer.name]) for layer in layers}
-    model, outputs = _instrument(copy, layers, statistics, bases)
+    model, outputs = _instrument(copy, layers, statistics, bases, loss)
     samples = 0
     for done, results in run_pass(
         model, list(outputs.values()), blocks(data, size, specs), forward, statistics.heads, statistics.seed,
-        providers=providers, threads=threads, progress=progress,
+        loss=loss, providers=providers, threads=threads, progress=progress,
     ):  # fmt: skip
         for layer in layers:
             order = channel_major(_geometry(layer))
@@ -99,10 +103,14 @@ def _bases(layer: Layer, sums: LayerStatistics) -> EigenMoments:
 
 
 def _instrument(
-    model: ir.Model, layers: Sequence[Layer], statistics: Statistics, bases: Mapping[str, EigenMoments]
+    model: ir.Model,
+    layers: Sequence[Layer],
+    statistics: Statistics,
+    bases: Mapping[str, EigenMoments],
+    loss: Loss | None,
 ) -> tuple[bytes, dict[str, str]]:
     """The model that computes a batch's sums, and the names of its outputs by layer name."""
-    whole = differentiate(model, layers, statistics.heads)
+    whole = differentiate(model, layers, statistics.heads, loss)
     outputs: dict[str, ir.Value] = {}
     for layer, x, y, cotangent in whole.layers:
         own, mean = bases[layer.name], statistics.layers[layer.name].mean

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
@@ -14,6 +13,8 @@ from onnx_kfe.autodiff import Emitter, append_gradients
 from onnx_kfe.calibration._coherence import emit_position_means
 from onnx_kfe.calibration._gradients import emit_gate_gradients
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
+from onnx_kfe.calibration._loss import Loss
+from onnx_kfe.calibration._opset import at_opset, working_opset
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs, features_last
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, serialize
@@ -32,8 +33,6 @@ __all__ = [
 ]
 
 PHASE_INPUT = "kfe/phase"
-_WORKING_OPSET = 21
-_OLDEST_OPSET = 18
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,7 @@ def differentiable_copy(model: ir.Model) -> ir.Model:
     Raises:
         KfeError: The model cannot be brought to that opset.
     """
-    opset = model.graph.opset_imports.get("", 1)
-    copy = model.clone()
-    if opset < _OLDEST_OPSET:
-        proto = onnx.ModelProto.FromString(serialize(model))
-        try:
-            copy = ir.from_proto(onnx.version_converter.convert_version(proto, _WORKING_OPSET))
-        except Exception as error:
-            raise KfeError(f"the model's opset {opset} cannot be converted to {_WORKING_OPSET}: {error}") from error
+    copy = at_opset(model, working_opset(model))
     return ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy).model
 
 
@@ -139,19 +131,22 @@ class Differentiated:
         return serialize(self.model)
 
 
-def differentiate(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) -> Differentiated:
+def differentiate(
+    model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head], loss: Loss | None = None
+) -> Differentiated:
     """Extend a model with its backward pass, from noise at the heads to the outputs of layers.
 
     Args:
         model: As of `differentiable_copy`; it is changed.
         layers: Layers whose gradients are wanted; values are found by name.
         heads: Heads, with their scales.
+        loss: What is differentiated in the place of the heads.
     """
     graph = model.graph
     values = {value.name: value for node in graph for value in node.outputs}
     values |= {value.name: value for value in graph.inputs}
     emit = Emitter(graph, prefix="kfe/")
-    seeds = _seeds(emit, heads, values)
+    seeds = _seeds(emit, heads, values) if loss is None else loss.seeds(emit)
     found = [layer for layer in layers if layer.output in values and layer.input in values]
     skipped = {layer.name: "not found after opset conversion" for layer in layers if layer not in found}
     gradients = append_gradients(graph, seeds, [values[layer.output] for layer in found])
@@ -171,15 +166,18 @@ def differentiate(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head
     return Differentiated(model, emit, reached, skipped)
 
 
-def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) -> Instrumented:
+def instrument(
+    model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head], loss: Loss | None = None
+) -> Instrumented:
     """Extend a model with its backward pass and the moments of every layer.
 
     Args:
         model: As of `differentiable_copy`; it is changed.
         layers: Layers to collect for; values are found by name.
         heads: Heads, with their scales.
+        loss: What is differentiated in the place of the heads.
     """
-    whole = differentiate(model, layers, heads)
+    whole = differentiate(model, layers, heads, loss)
     emit, skipped = whole.emit, whole.skipped
     phase = _input(model.graph, PHASE_INPUT, ir.DataType.INT64, [3])
     probes, outputs = [], []
