@@ -26,10 +26,20 @@ from onnx_kfe.calibration import (
 )
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.evaluation import HeadSpec, Quality, Timing
-from onnx_kfe.graph import ModelSource, Network, load, open_network, serialize
+from onnx_kfe.graph import ModelSource, Network, computed_values, load, normalize, open_network, serialize, with_outputs
 from onnx_kfe.progress import Progress
 
-__all__ = ["Machine", "benchmark", "evaluate", "head_specs", "measure_latency", "measure_quality", "note_skipped"]
+__all__ = [
+    "Machine",
+    "benchmark",
+    "evaluate",
+    "giving",
+    "head_specs",
+    "measure_latency",
+    "measure_quality",
+    "note_skipped",
+    "trainable",
+]
 
 
 class Machine(NamedTuple):
@@ -83,12 +93,13 @@ def evaluate(
         cast(DataSource, data), input_specs(network.model), images=images, labels=labels, max_samples=max_samples
     )
     shown.note(dataset.describe())
+    specs = head_specs(calibration.find_heads(network, heads))
     quality = _evaluate(
-        _runnable(model),
-        None if reference is None else _runnable(reference),
+        _runnable(model, specs),
+        None if reference is None else _runnable(reference, specs),
         network,
         dataset,
-        head_specs(calibration.find_heads(network, heads)),
+        specs,
         providers,
         threads,
         shown,
@@ -149,7 +160,7 @@ def measure_quality(
     progress: Progress,
 ) -> Quality:
     """Quality of a smaller model against the original."""
-    models = serialize(smaller), serialize(network.original)
+    models = serialize(giving(smaller, heads)), serialize(giving(network.original, heads))
     return _evaluate(*models, network, dataset, heads, machine.providers, machine.threads, progress)
 
 
@@ -172,9 +183,42 @@ def measure_latency(
 def head_specs(heads: Sequence[calibration.Head], *, scaled: bool = False) -> list[HeadSpec]:
     """How the evaluation reads the heads of a model; their scales are known where statistics were collected."""
     return [
-        HeadSpec(head.output, head.kind, head.probabilities, head.axis, head.scale if scaled else None)
+        HeadSpec(
+            head.output, head.kind, head.probabilities, head.axis,
+            head.scale if scaled else None, head.weight if scaled else 1.0,
+        )
         for head in heads
-    ]
+    ]  # fmt: skip
+
+
+def trainable(heads: Sequence[calibration.Head]) -> Sequence[calibration.Head]:
+    """The heads, if a model can be trained to give them.
+
+    Raises:
+        UsageError: One of them is inside the graph.
+    """
+    if inside := [head.output for head in heads if head.read_by]:
+        raise UsageError(
+            f"training compares outputs, and {', '.join(inside)} are inside the model, in front of post-processing: "
+            "train a model that ends there"
+        )
+    return heads
+
+
+def giving(model: ir.Model, heads: Sequence[HeadSpec]) -> ir.Model:
+    """A model that gives its heads, those inside the graph too; normalised where only that has values of such names.
+
+    Raises:
+        KfeError: A head is no value of the model.
+    """
+    outputs = [value.name for value in model.graph.outputs]
+    inside = [head.name for head in heads if head.name not in outputs]
+    if not inside:
+        return model
+    for candidate in (model, normalize(model)):
+        if computed_values(candidate).keys() >= set(inside):
+            return with_outputs(candidate, inside)
+    raise KfeError(f"the model has no value {', '.join(inside)}, which quality is to be measured on; see --head")
 
 
 def note_skipped(dataset: Dataset, progress: Progress) -> None:
@@ -215,8 +259,10 @@ def _labels_fit(network: Network, heads: Sequence[HeadSpec], batch: Batch) -> bo
     """Whether labels, which may lie beside the images by chance, can be those of the first categorical head."""
     head = next((head for head in heads if head.kind == "categorical"), None)
     output = next((v for v in network.model.graph.outputs if head is not None and v.name == head.name), None)
-    if head is None or output is None or output.shape is None or batch.labels is None:
+    if head is None or batch.labels is None:
         return True
+    if output is None or output.shape is None:
+        return output is not None
     rest = list(output.shape)[1:]
     if len(rest) > 0:
         del rest[head.axis - 1 if head.axis is not None and head.axis > 0 else -1]
@@ -232,7 +278,8 @@ def _first_batch(dataset: Dataset, specs: Sequence[calibration.InputSpec], size:
     return first
 
 
-def _runnable(model: ModelSource) -> bytes | str:
-    """What ONNX Runtime loads; a path stays a path, so that models over 2 GiB can be run too."""
+def _runnable(model: ModelSource, heads: Sequence[HeadSpec]) -> bytes | str:
+    """What ONNX Runtime loads; a path stays a path where it can, so that models over 2 GiB can be run too."""
     loaded = load(model)  # for the clear errors
-    return os.fspath(model) if isinstance(model, str | os.PathLike) else serialize(loaded)
+    extended = giving(loaded, heads)
+    return os.fspath(model) if isinstance(model, str | os.PathLike) and extended is loaded else serialize(extended)

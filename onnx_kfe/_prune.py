@@ -306,7 +306,9 @@ def collect(
         KfeError: There are no samples, or collection fails.
     """
     found = calibration.find_heads(network, heads)
-    named = ", ".join(f"{head.output} {head.kind}" for head in found)
+    named = ", ".join(
+        f"{head.output} {head.kind}{f' (read by {head.read_by})' if head.read_by else ''}" for head in found
+    )
     progress.note(f"heads: {named} ({'as given' if heads else 'assumed; change with --head'})")
     if loss is not None:
         progress.note(f"loss: {loss.name} of {', '.join(loss.reads)}, in the place of the heads")

@@ -9,12 +9,12 @@ from typing import cast
 
 import onnx_ir as ir
 
-from onnx_kfe import _prune
+from onnx_kfe import _prune, calibration
 from onnx_kfe._finetune import finetune
 from onnx_kfe._floor import check_floor
 from onnx_kfe._frontier import Point, sweep
 from onnx_kfe._latency_goal import Stadium
-from onnx_kfe._measure import Machine, benchmark, evaluate, head_specs, measure_quality, note_skipped
+from onnx_kfe._measure import Machine, benchmark, evaluate, head_specs, measure_quality, note_skipped, trainable
 from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, check_loss, divide
 from onnx_kfe._recipe import CURVATURES, Recipe, make_plan
 from onnx_kfe.calibration import (
@@ -342,6 +342,8 @@ def prune(
     if not network.prunable:
         raise BudgetError(f"{network.name}: no layer can be pruned; onnx-kfe inspect says why")
 
+    if epochs > 0:
+        trainable(calibration.find_heads(network, heads))
     own = None if loss is None else open_loss(loss, network)
 
     def opened(source: DataSource | Dataset | None, loss: Loss | None = None) -> Dataset | None:

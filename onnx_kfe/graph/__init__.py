@@ -22,6 +22,7 @@ from onnx_kfe.graph._layers import (
 )
 from onnx_kfe.graph._network import Network, open_network
 from onnx_kfe.graph._normalize import normalize
+from onnx_kfe.graph._outputs import computed_values, with_outputs
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 from onnx_kfe.graph.groups import ChannelGroup, ChannelGroups, LayerCut, Member, find_groups
 
@@ -37,6 +38,7 @@ __all__ = [
     "ModelSource",
     "Network",
     "check_output",
+    "computed_values",
     "concrete_shapes",
     "count_macs",
     "count_parameters",
@@ -56,4 +58,5 @@ __all__ = [
     "serialize",
     "source_name",
     "weight_place",
+    "with_outputs",
 ]
