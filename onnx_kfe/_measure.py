@@ -64,6 +64,7 @@ def evaluate(
     images: ImageOptions | None = None,
     labels: str | os.PathLike[str] | None = None,
     heads: Mapping[str, str] | None = None,
+    metric: str | None = None,
     max_samples: int | None = None,
     providers: Sequence[str] = (),
     threads: int | None = None,
@@ -78,6 +79,8 @@ def evaluate(
         images: How images become inputs.
         labels: CSV of ``file,label``.
         heads: Kind by output name where detection should be overruled.
+        metric: Key of `evaluation.METRICS` or ``package.module:function``: how much worse the model is than the
+            original, with an interval.
         max_samples: At most this many samples.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
@@ -100,6 +103,7 @@ def evaluate(
         network,
         dataset,
         specs,
+        metric,
         providers,
         threads,
         shown,
@@ -158,10 +162,11 @@ def measure_quality(
     heads: Sequence[HeadSpec],
     machine: Machine,
     progress: Progress,
+    metric: str | None = None,
 ) -> Quality:
     """Quality of a smaller model against the original."""
     models = serialize(giving(smaller, heads)), serialize(giving(network.original, heads))
-    return _evaluate(*models, network, dataset, heads, machine.providers, machine.threads, progress)
+    return _evaluate(*models, network, dataset, heads, metric, machine.providers, machine.threads, progress)
 
 
 def measure_latency(
@@ -233,6 +238,7 @@ def _evaluate(
     network: Network,
     dataset: Dataset,
     heads: Sequence[HeadSpec],
+    metric: str | None,
     providers: Sequence[str],
     threads: int | None,
     progress: Progress,
@@ -240,7 +246,10 @@ def _evaluate(
     specs = input_specs(network.model)
     first = _first_batch(dataset, specs)
     size = batch_size(network, {name: array.shape for name, array in first.feeds.items()})
-    use_labels = _labels_fit(network, heads, first)
+    known = None if metric is None else evaluation.find_metric(metric)
+    if known is not None and known.function is not None:
+        size = 1  # what outputs of any length are of which sample is then known
+    use_labels = (known is not None and known.own_labels) or _labels_fit(network, heads, first)
     if not use_labels:
         progress.note("the labels are left out: they are not one for each decision of the model")
 
@@ -251,7 +260,7 @@ def _evaluate(
 
     with progress.stage("measuring quality", dataset.count()) as advance:
         return evaluation.evaluate(
-            model, counted(), reference=reference, heads=heads, providers=providers, threads=threads
+            model, counted(), reference=reference, heads=heads, metric=metric, providers=providers, threads=threads
         )
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "Machine",
     "Memory",
     "Method",
+    "Metric",
     "Model",
     "Output",
     "Providers",
@@ -74,7 +75,8 @@ Providers = Annotated[list[str] | None, typer.Option(help="Execution provider, C
 _SHAPE_HELP = "name:1,3,224,224 for free axes; repeatable."
 _HEAD_HELP = "NAME=KIND of an output: categorical, bernoulli, gaussian, none."
 _DROP_HELP = "Find the smallest model that is no more than this worse, instead of a budget."
-_METRIC_HELP = f"What --max-drop is measured in: {', '.join(METRICS)}."
+_METRIC_HELP = f"What a drop is measured in: {', '.join(METRICS)}, or package.module:function."
+Metric = Annotated[str | None, typer.Option("--metric", help=_METRIC_HELP)]
 _ROUND_HELP = f"Ranks are multiples of this, less in small layers: {DEFAULT_ROUND_TO}, or as measured for a latency."
 _KINDS: dict[str, type[Budget]] = {kind.option.removeprefix("--"): kind for kind in (Macs, Params, Latency)}
 _MINIMIZE_HELP = f"What --max-drop makes small: {', '.join(_KINDS)}."
@@ -175,7 +177,7 @@ class Floor:
     """What the result must be worth, instead of a budget."""
 
     max_drop: Annotated[float | None, typer.Option("--max-drop", help=_DROP_HELP)] = None
-    metric: Annotated[str | None, typer.Option("--metric", help=_METRIC_HELP)] = None
+    metric: Metric = None
     minimize: Annotated[str | None, typer.Option("--minimize", help=_MINIMIZE_HELP)] = None
 
     @property

@@ -123,7 +123,9 @@ class Pruning:
             )
         quiet = StagesOnly(self.progress)
         share = 1.0 if self.samples.used is None else _HELD_BACK
-        return Judge(lambda model: self._quality(model, dataset, quiet), self.network.original, max_drop, metric, share)
+        return Judge(
+            lambda model: self._quality(model, dataset, quiet, metric), self.network.original, max_drop, metric, share
+        )
 
     def collect(self) -> None:
         """Collect statistics where none were given and there are samples."""
@@ -281,12 +283,12 @@ class Pruning:
             )  # fmt: skip
         return write_chains(network, plan, statistics, chains)
 
-    def _quality(self, model: ir.Model, dataset: Dataset, progress: Progress) -> Quality:
+    def _quality(self, model: ir.Model, dataset: Dataset, progress: Progress, metric: str | None = None) -> Quality:
         if self.statistics is not None:
             specs = head_specs(self.statistics.heads, scaled=True)
         else:
             specs = head_specs(calibration.find_heads(self.network, self.heads))
-        return measure_quality(self.network, model, dataset, specs, self.machine, progress)
+        return measure_quality(self.network, model, dataset, specs, self.machine, progress, metric)
 
 
 def collect(

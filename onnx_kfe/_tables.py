@@ -16,7 +16,7 @@ from onnx_kfe._floor import Floor, format_drop
 from onnx_kfe._frontier import Point
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.console import print_line, print_renderable
-from onnx_kfe.evaluation import HeadQuality, Quality, Rate, Timing
+from onnx_kfe.evaluation import HeadQuality, Quality, Rate, Score, Timing
 from onnx_kfe.graph import ChannelGroup, Geometry, Layer, Network
 from onnx_kfe.planning import Plan, meets, network_cost
 from onnx_kfe.result import Result
@@ -176,6 +176,8 @@ def show_result(result: Result) -> None:
 def show_quality(quality: Quality) -> None:
     """The table of `evaluate`."""
     _print_quality(quality, f"quality, {quality.samples} samples", ("reference", "model"))
+    if quality.score is not None:
+        _print_score(quality.score)
 
 
 def show_tuned(tuned: Tuned) -> None:
@@ -275,6 +277,14 @@ def _print_ratio(ratio: float | None) -> None:
         print_line(f"measured loss is {ratio:.2g} times the predicted: many layers were cut deeply at once")
     elif ratio is not None and ratio < 1 / _FAR:
         print_line(f"measured loss is only {ratio:.2g} times the predicted")
+
+
+def _print_score(score: Score) -> None:
+    """What the metric that was asked for says."""
+    known = score.original is not None and score.model is not None
+    pair = f"{score.metric} {score.original:.4g}, of the model {score.model:.4g}: " if known else f"{score.metric}: "
+    drop, low, high = (format_drop(score.metric, v) for v in (score.drop.value, score.drop.low, score.drop.high))
+    print_line(f"{pair}drop {drop} (95 % interval {low} to {high})")
 
 
 def _print_floor(floor: Floor) -> None:

@@ -322,7 +322,8 @@ def prune(
         checkpoint: Folder from which an interrupted refit goes on, removed when it is done.
         max_drop: Instead of a plan: find the smallest model that is no more than this worse than the original, on
             samples that neither the statistics nor the refit saw.
-        metric: What `max_drop` is measured in: a key of `evaluation.METRICS`; None for the one that suits the model.
+        metric: What `max_drop` is measured in: a key of `evaluation.METRICS` or ``package.module:function``; None for
+            the one that suits the model.
         minimize: What is made as small as `max_drop` allows: `Macs`, `Params` or `Latency`.
         evaluations: Refine the plan by a factored bandit that measures at most so many models on minibatches of the
             data (see `planning.refine`); None for the plan as predicted.

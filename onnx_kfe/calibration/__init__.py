@@ -13,6 +13,7 @@ from onnx_kfe.calibration._loss import Loss
 from onnx_kfe.calibration._open_loss import open_loss
 from onnx_kfe.calibration._passes import batch_size, data_specs, input_specs
 from onnx_kfe.calibration._patches import channel_major, emit_samples, features_last
+from onnx_kfe.calibration._readers_streams import import_function, is_function_name
 from onnx_kfe.calibration._statistics import Statistics, merge
 from onnx_kfe.calibration._synthetic import synthetic_dataset
 
@@ -44,7 +45,9 @@ __all__ = [
     "find_heads",
     "fixed_batch",
     "image_preset",
+    "import_function",
     "input_specs",
+    "is_function_name",
     "merge",
     "open_dataset",
     "open_loss",

@@ -119,6 +119,8 @@ class HeadQuality:
         relative_error: sqrt(sum ||y - y_ref||^2 / sum ||y_ref - mean||^2), the mean over the data for each channel.
         interval: 95 % interval of `kl` or of `relative_error`, whichever the head has; None where it has no meaning.
         decisions: Number of decisions that were compared; 0 for a Gaussian head.
+        classes: Number of classes of a categorical head; 1 for others.
+        positions: Number of decisions of a sample; 1 for a Gaussian head.
     """
 
     name: str
@@ -129,6 +131,8 @@ class HeadQuality:
     relative_error: float | None = None
     interval: tuple[float, float] | None = None
     decisions: int = 0
+    classes: int = 1
+    positions: int = 1
 
 
 class Comparison(Protocol):
@@ -154,12 +158,14 @@ class _Decisions(ABC):
     def __init__(self, spec: HeadSpec) -> None:
         self.spec = spec
         self.samples = self.decisions = self.same = 0
+        self.classes = 1
         self.kl = self.kl_squares = 0.0
 
     def update(self, reference: np.ndarray, output: np.ndarray) -> None:
         old, new = self.spec.rows(reference), self.spec.rows(output)
         same = self.decide(old) == self.decide(new)
         self.samples += len(old)
+        self.classes = old.shape[-1] if self.spec.kind == "categorical" else 1
         self.decisions += same.size
         self.same += int(same.sum())
         divergences = _divergences(self.log_probabilities(old), self.log_probabilities(new))
@@ -170,7 +176,10 @@ class _Decisions(ABC):
         agreement = Rate.wilson(self.same / self.decisions, self.samples)
         kl = Mean.of(self.kl, self.kl_squares, self.samples)
         quality = HeadQuality(self.spec.name, self.spec.kind, agreement, kl.value, decisions=self.decisions)
-        return replace(quality, nats=self.spec.weight * kl.value, interval=(kl.low, kl.high))
+        return replace(
+            quality, nats=self.spec.weight * kl.value, interval=(kl.low, kl.high),
+            classes=self.classes, positions=self.decisions // self.samples,
+        )  # fmt: skip
 
     @abstractmethod
     def decide(self, rows: np.ndarray) -> np.ndarray:
