@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from onnx_kfe import evaluation
+from onnx_kfe._headed import giving, head_specs
 from onnx_kfe._latency_goal import Stadium
-from onnx_kfe._measure import Machine, giving, head_specs
+from onnx_kfe._measure import Machine
 from onnx_kfe.calibration import Batch, Dataset, Statistics, batches, fixed_batch, input_specs
 from onnx_kfe.errors import BudgetError, KfeError
 from onnx_kfe.graph import Network, serialize

@@ -12,7 +12,8 @@ import onnx
 import onnx_ir as ir
 
 from onnx_kfe import calibration
-from onnx_kfe._measure import evaluate, head_specs, note_skipped, trainable
+from onnx_kfe._headed import head_specs, trainable
+from onnx_kfe._measure import evaluate, note_skipped
 from onnx_kfe.calibration import Dataset, DataSource, ImageOptions, input_specs, open_dataset
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.evaluation import HeadSpec, Quality

@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import onnx_ir as ir
 
 from onnx_kfe import calibration, evaluation
+from onnx_kfe._headed import giving, head_specs
 from onnx_kfe.calibration import (
     Batch,
     Dataset,
@@ -26,19 +27,16 @@ from onnx_kfe.calibration import (
 )
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.evaluation import HeadSpec, Quality, Timing
-from onnx_kfe.graph import ModelSource, Network, computed_values, load, normalize, open_network, serialize, with_outputs
+from onnx_kfe.graph import ModelSource, Network, load, open_network, serialize
 from onnx_kfe.progress import Progress
 
 __all__ = [
     "Machine",
     "benchmark",
     "evaluate",
-    "giving",
-    "head_specs",
     "measure_latency",
     "measure_quality",
     "note_skipped",
-    "trainable",
 ]
 
 
@@ -183,47 +181,6 @@ def measure_latency(
         return evaluation.benchmark(
             models, batch.feeds, batch=len(batch), providers=machine.providers, threads=machine.threads
         )
-
-
-def head_specs(heads: Sequence[calibration.Head], *, scaled: bool = False) -> list[HeadSpec]:
-    """How the evaluation reads the heads of a model; their scales are known where statistics were collected."""
-    return [
-        HeadSpec(
-            head.output, head.kind, head.probabilities, head.axis,
-            head.scale if scaled else None, head.weight if scaled else 1.0,
-        )
-        for head in heads
-    ]  # fmt: skip
-
-
-def trainable(heads: Sequence[calibration.Head]) -> Sequence[calibration.Head]:
-    """The heads, if a model can be trained to give them.
-
-    Raises:
-        UsageError: One of them is inside the graph.
-    """
-    if inside := [head.output for head in heads if head.read_by]:
-        raise UsageError(
-            f"training compares outputs, and {', '.join(inside)} are inside the model, in front of post-processing: "
-            "train a model that ends there"
-        )
-    return heads
-
-
-def giving(model: ir.Model, heads: Sequence[HeadSpec]) -> ir.Model:
-    """A model that gives its heads, those inside the graph too; normalised where only that has values of such names.
-
-    Raises:
-        KfeError: A head is no value of the model.
-    """
-    outputs = [value.name for value in model.graph.outputs]
-    inside = [head.name for head in heads if head.name not in outputs]
-    if not inside:
-        return model
-    for candidate in (model, normalize(model)):
-        if computed_values(candidate).keys() >= set(inside):
-            return with_outputs(candidate, inside)
-    raise KfeError(f"the model has no value {', '.join(inside)}, which quality is to be measured on; see --head")
 
 
 def note_skipped(dataset: Dataset, progress: Progress) -> None:

@@ -14,8 +14,9 @@ from onnx_kfe import calibration, recovery
 from onnx_kfe._bandit_search import refine_plan
 from onnx_kfe._course import Course
 from onnx_kfe._floor import Judge
+from onnx_kfe._headed import head_specs
 from onnx_kfe._latency_goal import Lap, Stadium
-from onnx_kfe._measure import Machine, head_specs, measure_latency, measure_quality, note_skipped
+from onnx_kfe._measure import Machine, measure_latency, measure_quality, note_skipped
 from onnx_kfe._recipe import Recipe, make_plan, make_planner
 from onnx_kfe._rounds import prune_in_rounds
 from onnx_kfe.calibration import Dataset, Loss, Statistics, fixed_batch, input_specs, synthetic_dataset

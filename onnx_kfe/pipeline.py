@@ -13,8 +13,9 @@ from onnx_kfe import _prune, calibration
 from onnx_kfe._finetune import finetune
 from onnx_kfe._floor import check_floor
 from onnx_kfe._frontier import Point, sweep
+from onnx_kfe._headed import head_specs, trainable
 from onnx_kfe._latency_goal import Stadium
-from onnx_kfe._measure import Machine, benchmark, evaluate, head_specs, measure_quality, note_skipped, trainable
+from onnx_kfe._measure import Machine, benchmark, evaluate, measure_quality, note_skipped
 from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, check_loss, divide
 from onnx_kfe._recipe import CURVATURES, Recipe, make_plan
 from onnx_kfe.calibration import (

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from onnx_kfe.errors import KfeError, UsageError
-from onnx_kfe.evaluation._drop import check_fit, find_metric, measured_drop, new_scorer
 from onnx_kfe.evaluation._fidelity import HeadQuality, HeadSpec, Rate, check_outputs, compare
 from onnx_kfe.evaluation._run import Model, open_model, run
 from onnx_kfe.evaluation._scorers import Score, class_labels, label_ranks
+from onnx_kfe.evaluation._scoring import Scoring
 
 _MODEL, _REFERENCE = "the model", "the reference model"
 _FLOATS = ("tensor(float16)", "tensor(float)", "tensor(double)")
@@ -88,7 +88,7 @@ def evaluate(
     providers: Sequence[str] = (),
     threads: int | None = None,
 ) -> Quality:
-    """Measure a model over data, in one pass and in memory that does not grow with the number of samples.
+    """Measure a model over data, in one pass and in memory that grows with the samples by what a metric keeps alone.
 
     Args:
         model: Serialised model or its path.
@@ -118,7 +118,11 @@ def evaluate(
     specs = _guess_heads(sessions, first) if heads is None else tuple(heads)
     _check_heads(specs, sessions)
     names = [spec.name for spec in specs]
-    scoring = None if metric is None else _Scoring(metric, specs, sessions, first)
+    scoring = None
+    if metric is not None:
+        reference_session = sessions.get(_REFERENCE)
+        values = [] if reference_session is None else run(_REFERENCE, reference_session, first.feeds, names)
+        scoring = Scoring(metric, specs, reference_session, values, first.labels is not None)
     classes = first.labels is not None and not (scoring is not None and scoring.own_labels)
     meter = _Meter(specs, labelled=classes, compared=reference is not None)
     for batch in chain([first], batches):
@@ -130,40 +134,9 @@ def evaluate(
             raise KfeError("some batches of the data have labels and some have none: give all or none")
         meter.update(outputs, batch.labels if classes else None)
         if scoring is not None:
-            scoring.update(outputs, batch.labels)
+            scoring.update(outputs[_REFERENCE], outputs[_MODEL], batch.labels)
     quality = meter.result()
     return quality if scoring is None else replace(quality, score=scoring.result(quality))
-
-
-class _Scoring:
-    """A metric over the outputs of both models."""
-
-    def __init__(self, name: str, specs: Sequence[HeadSpec], sessions: Mapping[str, Any], first: Batch) -> None:
-        if _REFERENCE not in sessions:
-            raise UsageError(f"--metric {name} compares with the original: give --reference")
-        self._name, self._metric = name, find_metric(name)
-        self.own_labels = self._metric.own_labels
-        original = sessions[_REFERENCE]
-        found = [_found(spec, value) for spec, value in zip(
-            specs, run(_REFERENCE, original, first.feeds, [spec.name for spec in specs]), strict=True
-        )]  # fmt: skip
-        check_fit(name, found, labelled=first.labels is not None)
-        head = next((spec for spec, head in zip(specs, found, strict=True) if self._metric.fits(head)), None)
-        self._scorer = new_scorer(name, head, original.get_modelmeta().custom_metadata_map)
-        self._all = [value.name for value in original.get_outputs()] if self._metric.function is not None else []
-
-    def outputs(self, heads: Sequence[str]) -> list[str]:
-        """Names of the outputs that are needed."""
-        return list(dict.fromkeys([*heads, *self._all]))
-
-    def update(self, outputs: Mapping[str, Mapping[str, np.ndarray]], labels: np.ndarray | None) -> None:
-        if self._scorer is not None:
-            self._scorer.update(outputs[_REFERENCE], outputs[_MODEL], labels)
-
-    def result(self, quality: Quality) -> Score:
-        if self._scorer is None:
-            return Score(self._name, None, None, measured_drop(quality, self._name))
-        return self._scorer.result(self._name)
 
 
 class _Meter:
@@ -240,17 +213,6 @@ def _check_heads(specs: Sequence[HeadSpec], sessions: Mapping[str, Any]) -> None
                 raise UsageError(f"head '{spec.name}' is not an output of {who}, which has: {', '.join(types)}")
             if types[spec.name] not in _FLOATS:
                 raise UsageError(f"head '{spec.name}' is {types[spec.name]} in {who}: a head must be floating-point")
-
-
-def _found(spec: HeadSpec, value: np.ndarray) -> HeadQuality:
-    """A head with the classes and positions that an output of it has."""
-    _, positions, classes = spec.rows(value).shape
-    if spec.kind == "gaussian":
-        return HeadQuality(spec.name, spec.kind)
-    wide = spec.kind == "categorical"
-    return HeadQuality(
-        spec.name, spec.kind, classes=classes if wide else 1, positions=positions if wide else positions * classes
-    )
 
 
 def _guess_heads(sessions: Mapping[str, Any], batch: Batch) -> tuple[HeadSpec, ...]:

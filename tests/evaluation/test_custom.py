@@ -44,8 +44,9 @@ def singles(labels=None):
     return [Data({"x": X[i : i + 1]}, None if labels is None else labels[i : i + 1]) for i in range(40)]
 
 
-def measured(name, labels=None, models=(linear(NEW), linear(OLD))):
-    return evaluate(models[0], singles(labels), reference=models[1], heads=HEADS, metric=f"{ME}:{name}").score
+def measured(name, labels=None, made=linear):
+    model, original = made(NEW), made(OLD)
+    return evaluate(model, singles(labels), reference=original, heads=HEADS, metric=f"{ME}:{name}").score
 
 
 def test_a_function_of_the_outputs_and_labels():
@@ -69,7 +70,7 @@ def detector(weight: np.ndarray) -> bytes:
 
 
 def test_outputs_of_any_length():
-    found = measured("rows", models=(detector(NEW), detector(OLD)))
+    found = measured("rows", made=detector)
     counts = [-int((X @ weight.astype(np.float32) > 0).sum()) for weight in (OLD, NEW)]
     assert (found.original, found.model) == tuple(counts)
     assert found.drop.value == counts[0] - counts[1]
@@ -88,5 +89,5 @@ def test_names_that_are_no_functions():
         find_metric("nowhere:f")
     with pytest.raises(UsageError, match="expected a function"):
         find_metric(f"{ME}:ME")
-    with pytest.raises(UsageError, match="--metric mAP: it can be agreement, .*, miou, or package.module:function"):
+    with pytest.raises(UsageError, match=r"--metric mAP: it can be agreement, .*, miou, or package\.module:function"):
         find_metric("mAP")

@@ -27,11 +27,8 @@ def brute_force(left: str, right: str) -> int:
 
 
 def test_edit_distances():
-    words = ["".join(letters) for n in range(4) for letters in itertools.product("ab", repeat=n)] + [
-        "kitten",
-        "sitting",
-    ]
-    for left, right in itertools.product(words, repeat=2):
+    words = ["".join(letters) for n in range(4) for letters in itertools.product("ab", repeat=n)]
+    for left, right in itertools.product([*words, "kitten", "sitting"], repeat=2):
         assert edit_distance(left, right) == brute_force(left, right)
     assert edit_distance("kitten", "sitting") == 3
 
