@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from scipy import stats
 
 from onnx_kfe.errors import KfeError
 from onnx_kfe.evaluation._fidelity import HeadSpec
@@ -151,12 +150,18 @@ class Spearman(Scorer):
             found = np.concatenate(kept)[:_MOST_EMBEDDINGS]
             unit = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-300)
             places = np.triu_indices(len(unit), 1)
-            order = stats.rankdata((unit @ unit.T)[places])
+            order = _ranks((unit @ unit.T)[places])
             square = np.zeros((len(unit), len(unit)))
             square[places] = order - order.mean()
             ranks.append(square + square.T)
         old, new = ranks
         return [old, new, old * new, old * old, new * new]
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 on, of equals their mean."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])
 
 
 def _flat(rows: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from scipy import stats
 from onnx_kfe.errors import KfeError
 from onnx_kfe.evaluation import HeadSpec, Score, evaluate
 from onnx_kfe.evaluation._drop import new_scorer
+from onnx_kfe.evaluation._samplewise import _ranks
 from onnx_kfe.evaluation._scorers import paired_interval
 from tests.evaluation.small import Data, linear
 
@@ -106,6 +107,11 @@ def test_spearman():
         ]
     )
     assert found.drop.high - found.drop.low == pytest.approx(2 * 1.96 * spread, rel=0.5)
+
+
+def test_ranks_of_equals():
+    values = RNG.integers(0, 5, 40).astype(float)
+    np.testing.assert_array_equal(_ranks(values), stats.rankdata(values))
 
 
 def test_spearman_of_monotone_similarities_and_of_too_few():
