@@ -9,6 +9,7 @@ from onnx_kfe.calibration._images import ImageOptions, image_preset
 from onnx_kfe.calibration._inputs import InputSpec, Sample, fixed_batch
 from onnx_kfe.calibration._instrument import differentiable_copy, find_heads
 from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
+from onnx_kfe.calibration._padding import find_padding
 from onnx_kfe.calibration._passes import batch_size, input_specs
 from onnx_kfe.calibration._patches import channel_major, emit_samples, features_last
 from onnx_kfe.calibration._statistics import Statistics, merge
@@ -38,6 +39,7 @@ __all__ = [
     "emit_samples",
     "features_last",
     "find_heads",
+    "find_padding",
     "fixed_batch",
     "image_preset",
     "input_specs",

@@ -103,13 +103,15 @@ class _Sums:
         """Add a batch of outputs of the instrumented graph."""
         probe, geometry = self._probe, self._geometry
         positions = results[probe.output_size].item() / geometry.out_channels
+        self._samples += samples
+        if not positions:  # padding throughout
+            return
         taken = results[probe.input_size].item() / (self._patch * geometry.groups)
         taken_cotangents = results[probe.cotangent_size].item() / geometry.out_channels
         _add_scaled(self._inputs, results[probe.input_second_moment], positions / taken)
         _add_scaled(self._total, results[probe.input_sum], positions / taken)
         _add_scaled(self._cotangents, results[probe.cotangent_second_moment], positions / taken_cotangents)
         self._positions += positions
-        self._samples += samples
         self._common += self._position_means(results)
         gates = results[probe.gate_gradients].reshape(-1, *self._saliency.shape)
         self._saliency += np.square(gates, dtype=np.float64).sum(0)

@@ -14,6 +14,7 @@ from onnx_kfe.autodiff import Emitter, append_gradients
 from onnx_kfe.calibration._coherence import emit_position_means
 from onnx_kfe.calibration._gradients import emit_gate_gradients
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
+from onnx_kfe.calibration._padding import Padding, find_padding
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs, features_last
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, serialize
@@ -125,12 +126,14 @@ class Differentiated:
         emit: Where further nodes go.
         layers: The layers with a gradient: each with its input, its output and the cotangent of that, `features_last`.
         skipped: Why the others have none, by layer name.
+        padding: Which positions are real; None where all are.
     """
 
     model: ir.Model
     emit: Emitter
     layers: list[tuple[Layer, ir.Value, ir.Value, ir.Value]]
     skipped: dict[str, str]
+    padding: Padding | None
 
     def serialized(self, outputs: Sequence[ir.Value]) -> bytes:
         """The model with these values as its only outputs."""
@@ -151,7 +154,8 @@ def differentiate(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head
     values = {value.name: value for node in graph for value in node.outputs}
     values |= {value.name: value for value in graph.inputs}
     emit = Emitter(graph, prefix="kfe/")
-    seeds = _seeds(emit, heads, values)
+    padding = find_padding(model)
+    seeds = _seeds(emit, heads, values, padding)
     found = [layer for layer in layers if layer.output in values and layer.input in values]
     skipped = {layer.name: "not found after opset conversion" for layer in layers if layer not in found}
     gradients = append_gradients(graph, seeds, [values[layer.output] for layer in found])
@@ -168,7 +172,7 @@ def differentiate(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head
             skipped[layer.name] = str(error)
         else:
             reached.append((layer, x, y, cotangent))
-    return Differentiated(model, emit, reached, skipped)
+    return Differentiated(model, emit, reached, skipped, padding)
 
 
 def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) -> Instrumented:
@@ -185,11 +189,15 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
     probes, outputs = [], []
     for layer, x, y, cotangent in whole.layers:
         try:
+            ends, weight = (x, cotangent), None
+            if whole.padding is not None and whole.padding.covers(layer):
+                ends = whole.padding.real_rows(emit, x), whole.padding.real_rows(emit, cotangent)
+                weight = whole.padding.weight(emit, x)
             moments = [
-                *emit_inputs(emit, layer, x, y, phase),
-                *emit_cotangents(emit, layer, cotangent, phase),
-                emit_position_means(emit, layer, x),
-                emit_position_means(emit, layer, cotangent),
+                *emit_inputs(emit, layer, ends[0], y, phase),
+                *emit_cotangents(emit, layer, ends[1], phase),
+                emit_position_means(emit, layer, x, weight),
+                emit_position_means(emit, layer, cotangent, weight),
                 emit_gate_gradients(emit, layer, y, cotangent),
             ]
         except KfeError as error:
@@ -203,11 +211,15 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
     return Instrumented(whole.serialized(outputs), probes, skipped)
 
 
-def _seeds(emit: Emitter, heads: Sequence[Head], values: Mapping[str | None, ir.Value]) -> dict[ir.Value, ir.Value]:
+def _seeds(
+    emit: Emitter, heads: Sequence[Head], values: Mapping[str | None, ir.Value], padding: Padding | None
+) -> dict[ir.Value, ir.Value]:
     seeds: dict[ir.Value, ir.Value] = {}
     for head in heads:
         source = values[head.source]
         noise = _input(emit.graph, noise_input(head), ir.DataType.FLOAT, source.shape)
+        if padding is not None and head.source in padding.ranks:
+            noise = emit.op("Mul", noise, padding.weight(emit, source), like=noise)
         if source.dtype not in (None, ir.DataType.FLOAT):
             noise = emit.op("CastLike", noise, source, like=source)
         cotangent = HEAD_KINDS[head.kind](emit, source, noise, head)

@@ -279,6 +279,7 @@ def _start(emit: Emitter, y: ir.Value, axis: int, stride: int, phase: ir.Value) 
     if stride == 1:
         return emit.ints(0)
     limit = emit.op("Min", emit.ints(stride), emit.size_of(y, 2 + axis), dtype=_INT64)
+    limit = emit.op("Max", limit, emit.ints(1), dtype=_INT64)  # of a batch that is padding throughout
     entry = min(max(axis, 0), 2)
     chosen = emit.op("Slice", phase, emit.ints(entry), emit.ints(entry + 1), dtype=_INT64)
     return emit.op("Mod", chosen, limit, dtype=_INT64)
