@@ -331,3 +331,31 @@ def test_a_product_behind_a_branch_that_is_cut_makes_up_for_it():
     (found,) = outputs(serialize(write_chains(network, plan, statistics, chains)), {"x": x})
     (once,) = outputs(serialize(apply_plan(network, plan, statistics)[0]), {"x": x})
     assert np.square(found - wanted).sum() < 0.01 * np.square(once - wanted).sum()
+
+
+def test_what_a_chain_of_a_branch_reads_is_kept_while_other_branches_are_solved():
+    arrays = {
+        "w0": weights(8, 4, 1, 1),
+        "w1": weights(8, 8, 3, 3),
+        "w2": weights(8, 4, 1, 1),
+        "w3": weights(4, 16, 1, 1),
+    }
+    nodes = [
+        node("Conv", ["x", "w0"], ["h"], "stem"),
+        node("Relu", ["h"], ["p"]),
+        node("Conv", ["p", "w1"], ["b"], "branch", pads=[1, 1, 1, 1]),
+        node("Conv", ["x", "w2"], ["c"], "other"),
+        node("Concat", ["b", "c"], ["j"], axis=1),
+        node("Conv", ["j", "w3"], ["y"], "last"),
+    ]
+    network = open_network(tiny(nodes, {"x": ["n", 4, 6, 6]}, {"y": ["n", 4, 6, 6]}, arrays))
+    feeds = {"x": weights(16, 4, 6, 6)}
+    statistics, plan = kfe.collect(network, feeds), dense_plan(network)
+    plan.choices["branch"] = Candidate("tucker", (8, 8), Cost(0, 0), 0.0)
+    chains = refit(network, plan, statistics, dataset(network, feeds))
+    assert list(chains) == ["stem", "branch", "other", "last"]
+    (wanted,), (found,) = (
+        outputs(serialize(model), feeds)
+        for model in (network.original, write_chains(network, plan, statistics, chains))
+    )
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
