@@ -5,10 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnx_kfe.autodiff import Emitter
-from onnx_kfe.calibration._patches import float32, position_axes
+from onnx_kfe.calibration._patches import emit_mean_patches, float32, position_axes
 from onnx_kfe.graph import Layer
 
-__all__ = ["emit_position_means"]
+__all__ = ["emit_cotangent_means", "emit_position_means"]
 
 
 def emit_position_means(emit: Emitter, layer: Layer, value: ir.Value) -> ir.Value:
@@ -21,3 +21,18 @@ def emit_position_means(emit: Emitter, layer: Layer, value: ir.Value) -> ir.Valu
     """
     axes = position_axes(layer, value)
     return float32(emit, emit.op("ReduceMean", value, emit.ints(*axes), keepdims=0) if axes else value)
+
+
+def emit_cotangent_means(emit: Emitter, layer: Layer, x: ir.Value, g: ir.Value) -> ir.Value:
+    """The cotangent of a layer, of a ConvTranspose its patches, averaged over the positions of each sample: ``[n, o]``.
+
+    Args:
+        emit: Where the nodes go.
+        layer: The layer.
+        x: Its input.
+        g: The cotangent of its output.
+
+    Raises:
+        KfeError: The geometry cannot be expressed.
+    """
+    return emit_mean_patches(emit, layer, g, x) if layer.transposed else emit_position_means(emit, layer, g)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_kfe.autodiff import Emitter, append_gradients
-from onnx_kfe.calibration._coherence import emit_position_means
+from onnx_kfe.calibration._coherence import emit_cotangent_means, emit_position_means
 from onnx_kfe.calibration._gradients import emit_gate_gradients
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs, features_last
@@ -47,7 +47,7 @@ class Probe:
         input_size: Elements of the patches taken.
         cotangent_second_moment: ``[groups, o, o]``, summed over the positions taken.
         cotangent_size: Elements of the cotangents taken.
-        output_size: Elements of the layer's output.
+        output_size: Elements of the layer's output, of a ConvTranspose of its input.
         input_means: The input averaged over the positions of each sample, ``[n, c]``.
         cotangent_means: The cotangent averaged likewise, ``[n, o]``.
         gate_gradients: Derivative of the loss of each sample by a gate on each output channel, ``[n, o]``.
@@ -187,9 +187,9 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
         try:
             moments = [
                 *emit_inputs(emit, layer, x, y, phase),
-                *emit_cotangents(emit, layer, cotangent, phase),
+                *emit_cotangents(emit, layer, x, cotangent, phase),
                 emit_position_means(emit, layer, x),
-                emit_position_means(emit, layer, cotangent),
+                emit_cotangent_means(emit, layer, x, cotangent),
                 emit_gate_gradients(emit, layer, y, cotangent),
             ]
         except KfeError as error:

@@ -66,7 +66,7 @@ class ChannelPlanner(ThresholdPlanner):
     """Channels of all groups under one threshold: the importance of a unit is that of all rows that go with it.
 
     Where no layer that computes a group has statistics, it is that of the columns that read it, but for the saliency,
-    which says nothing of these.
+    which says nothing of these. ConvTranspose has no say.
 
     Args:
         network: The model.
@@ -140,7 +140,7 @@ class ChannelPlanner(ThresholdPlanner):
         for layer in self._network.prunable:
             assert layer.geometry is not None
             loss = 0.0
-            if self._statistics is not None and layer.name in self._statistics.layers:
+            if self._statistics is not None and layer.name in self._statistics.layers and not layer.transposed:
                 problem = LayerProblem(layer, self._statistics.layers[layer.name])
                 loss = cut_layer(problem, cuts[layer.name], compensates).loss
             cost = dense_cost(cuts[layer.name].geometry(layer.geometry))
@@ -154,7 +154,7 @@ class ChannelPlanner(ThresholdPlanner):
         """Of the rows and columns of each layer, all groups of a convolution in a row."""
         seen = {} if self._statistics is None else self._statistics.layers
         for layer in self._network.prunable:
-            if self._statistics is None or layer.name in seen:
+            if not layer.transposed and (self._statistics is None or layer.name in seen):
                 problem = LayerProblem(layer, seen.get(layer.name))
                 by_group = [self._importance(part) for part in problem.coordinates("channel")]
                 yield layer.name, Scores(*(np.concatenate(parts) for parts in zip(*by_group, strict=True)))
