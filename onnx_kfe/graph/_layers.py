@@ -219,7 +219,7 @@ def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | N
     if weight.is_graph_output():
         return "weight is a graph output"
     if "output_shape" in node.attributes:
-        return "its output_shape is given in place of its pads"
+        return "its output_shape is given, and pads cannot say it"
     if node.op_type in _CONVOLUTIONS and len(weight.const_value.shape) > 5:
         return "a convolution over more than three axes"
     if node.op_type == "Gemm" and _int(node, "transA", 0):

@@ -23,6 +23,7 @@ class ProductPass(InPlacePass):
     - Gemm whose constant is the left operand: MatMul.
     - What Gemm or a convolution adds and is no constant vector: an Add behind it.
     - MatMul with a constant whose leading axes are 1: the matrix alone.
+    - ConvTranspose whose output_shape is stated: its pads, where sizes are fixed.
     - Einsum that is a matrix product: MatMul, see `matmul_of`.
     """
 
@@ -76,15 +77,42 @@ def _gemm(node: ir.Node, taken: set[str]) -> Replacement | None:
 
 def _convolution(node: ir.Node, taken: set[str]) -> Replacement | None:
     x, weight, bias = (*node.inputs, None)[:3]
-    if bias is None or is_constant(bias) or not is_constant(weight):
+    computed = bias is not None and not is_constant(bias)
+    pads = _pads(node)
+    if not is_constant(weight) or not (computed or pads):
         return None
     assert x is not None
     assert weight is not None
     assert weight.shape is not None
     new = Replacement(node, taken)
-    y = new.linear(node.op_type, [x, weight], node.attributes)
-    new.op("Add", y, new.reshape(bias, [1, -1, *[1] * (weight.shape.rank() - 2)]))
+    attributes = dict(node.attributes)
+    if pads:
+        attributes = {key: value for key, value in attributes.items() if key not in ("auto_pad", "output_shape")}
+        attributes["pads"] = ir.AttrInt64s("pads", pads)
+    y = new.linear(node.op_type, [x, weight] if bias is None or computed else [x, weight, bias], attributes)
+    if bias is not None and computed:
+        new.op("Add", y, new.reshape(bias, [1, -1, *[1] * (weight.shape.rank() - 2)]))
     return new
+
+
+def _pads(node: ir.Node) -> list[int] | None:
+    """The pads that give a ConvTranspose the output_shape it states; None without one, or where sizes are free."""
+    x, weight = node.inputs[:2]
+    wanted = node.attributes.get_ints("output_shape", ())
+    if not wanted or x is None or x.shape is None or weight is None or weight.shape is None:
+        return None
+    sizes, kernel = x.shape[2:], weight.shape.numpy()[2:]
+    if len(wanted) != len(kernel) or not all(isinstance(size, int) for size in sizes):
+        return None
+    strides, dilations = (node.attributes.get_ints(key, [1] * len(kernel)) for key in ("strides", "dilations"))
+    added = node.attributes.get_ints("output_padding", [0] * len(kernel))
+    terms = zip(sizes, wanted, kernel, strides, dilations, added, strict=True)
+    totals = [s * (int(n) - 1) + more + d * (k - 1) + 1 - out for n, out, k, s, d, more in terms]
+    if min(totals) < 0:  # more is wanted than there is
+        return None
+    less = [total // 2 for total in totals]
+    rest = [total - half for total, half in zip(totals, less, strict=True)]
+    return [*less, *rest] if node.attributes.get_string("auto_pad", "NOTSET") == "SAME_UPPER" else [*rest, *less]
 
 
 def _matmul(node: ir.Node, taken: set[str]) -> Replacement | None:

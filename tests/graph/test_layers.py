@@ -263,7 +263,7 @@ def test_reasons_of_products(nodes, arrays, reason):
             (4, 8, 3, 3),
             ["n", 4, 8, 8],
             {"kind": "ConvTranspose", "output_shape": [10, 10]},
-            "its output_shape is given in place of its pads",
+            "its output_shape is given, and pads cannot say it",
         ),
         (
             (4, 8, 1, 1, 1, 1),

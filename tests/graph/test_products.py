@@ -112,6 +112,37 @@ def test_and_are_pruned_like_others(name: str):
             assert count_macs(smaller, {"x_in": feeds["x_in"].shape}) < layer.macs
 
 
+@pytest.mark.parametrize("bias", [None, "constant", "computed"])
+@pytest.mark.parametrize("mode", ["NOTSET", "SAME_UPPER", "SAME_LOWER"])
+def test_an_output_shape_becomes_pads(mode: str, bias: str | None):
+    """Of 4 x 5 by strides of 2 and 3 and reaches of 3 and 5 there would be 9 x 17."""
+    arrays = {"w": weights(6, 4, 3, 3)} | ({"b": weights(4)} if bias == "constant" else {})
+    mean = [node("ReduceMean", ["c"], ["b"], axes=[0, 2, 3], keepdims=0), node("Conv", ["x", "v"], ["c"], "other")]
+    up = node(
+        "ConvTranspose", ["x", "w", *(["b"] if bias else [])], ["y"], "layer", strides=[2, 3], dilations=[1, 2],
+        output_shape=[8, 14], auto_pad=mode,
+    )  # fmt: skip
+    nodes = [*(mean[::-1] if bias == "computed" else []), up]
+    arrays |= {"v": weights(4, 6, 1, 1)} if bias == "computed" else {}
+    model = tiny(nodes, {"x": ["n", 6, 4, 5]}, {"y": ["n", 4, 8, 14]}, arrays)
+    normal = normalize(load(model))
+    layer = next(layer for layer in find_layers(normal) if layer.name == "layer")
+    assert layer.reason is None
+    wanted = {"SAME_UPPER": [0, 1, 1, 2], "SAME_LOWER": [1, 2, 0, 1], "NOTSET": [1, 2, 0, 1]}[mode]
+    assert list(layer.node.attributes["pads"].as_ints()) == wanted
+    for batch in (1, 3):
+        feeds = {"x": weights(batch, 6, 4, 5, seed=batch)}
+        np.testing.assert_allclose(run(normal, feeds)["y"], run(model, feeds)["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_shape_of_free_inputs_stays():
+    for sizes, shape in ((["h", 5], [8, 10]), ([4, 5], [10, 10])):  # free, or larger than there is
+        up = node("ConvTranspose", ["x", "w"], ["y"], "layer", strides=[2, 2], output_shape=shape)
+        model = tiny([up], {"x": ["n", 6, *sizes]}, {"y": ["n", 4, *shape]}, {"w": weights(6, 4, 3, 3)})
+        (layer,) = find_layers(normalize(load(model)))
+        assert layer.reason == "its output_shape is given, and pads cannot say it"
+
+
 def leave_alone(*nodes: onnx.NodeProto, **arrays: np.ndarray) -> list[str | None]:
     model = tiny(nodes, {"x": ["n", 6]}, {"y": ["n", "m"]}, arrays)
     return [layer.reason for layer in find_layers(normalize(load(model)))]
