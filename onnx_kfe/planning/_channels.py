@@ -176,7 +176,10 @@ class ChannelPlanner(ThresholdPlanner):
         names = [member.layer for member in group.members]
         skipped = {} if self._statistics is None else self._statistics.skipped
         reason = next((skipped[name] for name in names if name in skipped), None)
-        reason = reason or next((self._layers[name].reason for name in names if name in self._layers), None)
+        layers = [self._layers[name] for name in names if name in self._layers]
+        reason = reason or next((layer.reason for layer in layers), None)
+        if reason is None and layers and all(layer.transposed for layer in layers):
+            reason = "ConvTranspose has no say in channels"
         return f"no statistics of its layers: {reason or 'none were collected'}"
 
 
