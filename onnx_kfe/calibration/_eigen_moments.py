@@ -38,6 +38,8 @@ def collect_eigen_moments(
 ) -> Statistics:
     """The statistics with the second moments of the gradient in the eigenbases of their factors, at all positions.
 
+    Those of ConvTranspose stay as they are: no form is made of their eigenbases.
+
     Noise is that of the first pass, sample by sample.
 
     Args:
@@ -56,7 +58,9 @@ def collect_eigen_moments(
         raise KfeError("second moments in the eigenbases need the whole statistics: merge the shards first")
     copy = differentiable_copy(network.model)
     forward = Forward(copy, statistics.heads, providers=providers, threads=threads)
-    layers = [layer for layer in network.prunable if layer.name in statistics.layers]
+    known = [layer for layer in network.prunable if layer.name in statistics.layers]
+    if not (layers := [layer for layer in known if not layer.transposed]):
+        return statistics
     specs, size = input_specs(network.model), _batch_size(network, statistics, layers)
     bases = {layer.name: _bases(layer, statistics.layers[layer.name]) for layer in layers}
     model, outputs = _instrument(copy, layers, statistics, bases)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_kfe.autodiff import Emitter, append_gradients
-from onnx_kfe.calibration._coherence import emit_position_means
+from onnx_kfe.calibration._coherence import emit_cotangent_means, emit_position_means
 from onnx_kfe.calibration._gradients import emit_gate_gradients
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
 from onnx_kfe.calibration._padding import Padding, find_padding
@@ -48,7 +48,7 @@ class Probe:
         input_size: Elements of the patches taken.
         cotangent_second_moment: ``[groups, o, o]``, summed over the positions taken.
         cotangent_size: Elements of the cotangents taken.
-        output_size: Elements of the layer's output.
+        output_size: Elements of the layer's output, of a ConvTranspose of its input.
         input_means: The input averaged over the positions of each sample, ``[n, c]``.
         cotangent_means: The cotangent averaged likewise, ``[n, o]``.
         gate_gradients: Derivative of the loss of each sample by a gate on each output channel, ``[n, o]``.
@@ -195,9 +195,9 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
                 weight = whole.padding.weight(emit, x)
             moments = [
                 *emit_inputs(emit, layer, ends[0], y, phase),
-                *emit_cotangents(emit, layer, ends[1], phase),
+                *emit_cotangents(emit, layer, ends[0], ends[1], phase),
                 emit_position_means(emit, layer, x, weight),
-                emit_position_means(emit, layer, cotangent, weight),
+                emit_cotangent_means(emit, layer, x, cotangent, weight),
                 emit_gate_gradients(emit, layer, y, cotangent),
             ]
         except KfeError as error:
