@@ -119,7 +119,7 @@ def finetune(
     optimizer: str = DEFAULT_OPTIMIZER,
     learning_rate: float | None = None,
     schedule: str = "one-cycle",
-    temperature: float = 2.0,
+    temperature: float = 4.0,
     intermediate: Sequence[str] = (),
     augment: bool | None = None,
     seed: int = 0,

@@ -269,7 +269,7 @@ class Training:
     optimizer: Annotated[str, typer.Option(help=_OPTIMIZER_HELP)] = DEFAULT_OPTIMIZER
     learning_rate: Annotated[float | None, typer.Option(help=_RATE_HELP)] = None
     schedule: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULES)}.")] = "one-cycle"
-    temperature: Annotated[float, typer.Option(help="Softens what is learnt from the teacher.")] = 2.0
+    temperature: Annotated[float, typer.Option(help="Softens what is learnt from the teacher.")] = 4.0
     intermediate: Annotated[list[str] | None, typer.Option("--intermediate", help=_INTERMEDIATE_HELP)] = None
     label_share: Annotated[float | None, typer.Option("--label-share", help=_SHARE_HELP)] = None
     augment: Annotated[bool | None, typer.Option("--augment/--no-augment", help=_AUGMENT_HELP)] = None

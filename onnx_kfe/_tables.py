@@ -17,7 +17,7 @@ from onnx_kfe._frontier import Point
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.console import print_line, print_renderable
 from onnx_kfe.evaluation import HeadQuality, Quality, Rate, Score, Timing
-from onnx_kfe.graph import ChannelGroup, Geometry, Layer, Network
+from onnx_kfe.graph import ChannelGroup, Geometry, Layer, Network, find_embeddings
 from onnx_kfe.planning import Plan, meets, network_cost
 from onnx_kfe.result import Result
 
@@ -41,14 +41,13 @@ _NAMED = 3  # layers named in a row, where more are only counted
 
 
 def show_layers(network: Network) -> None:
-    """The table of `inspect`."""
+    """The table of `inspect`: the layers, and behind them tables of embeddings."""
     table = _table("layer", "shape", ">MACs", ">params", "pruned")
-    for layer in network.layers:
+    listed = [*network.layers, *find_embeddings(network.model)]
+    for layer in listed:
         table.add_row(layer.name, _shape(layer), _si(layer.macs), _si(layer.parameters), "" if layer.prunable else "no")
     print_renderable(table)
-    _print_skipped(
-        {layer.name: layer.reason for layer in network.layers if layer.reason is not None}, "cannot be pruned"
-    )
+    _print_skipped({layer.name: layer.reason for layer in listed if layer.reason is not None}, "cannot be pruned")
     cost = network_cost(network)
     share = sum(layer.macs for layer in network.prunable) / max(cost.macs, 1)
     print_line(
@@ -58,7 +57,7 @@ def show_layers(network: Network) -> None:
 
 
 def layer_rows(network: Network) -> list[dict[str, Any]]:
-    """What `inspect` knows of the layers, as plain values."""
+    """What `inspect` knows of the layers and of tables of embeddings, as plain values."""
     return [
         {
             "name": layer.name,
@@ -72,7 +71,7 @@ def layer_rows(network: Network) -> list[dict[str, Any]]:
             "prunable": layer.prunable,
             "reason": layer.reason,
         }
-        for layer in network.layers
+        for layer in (*network.layers, *find_embeddings(network.model))
     ]
 
 
@@ -342,6 +341,9 @@ def _table(first: str, *others: str) -> Table:
 
 def _shape(layer: Layer) -> str:
     geometry: Geometry | None = layer.geometry
+    if layer.op_type == "Gather":
+        (table, *_) = layer.node.inputs
+        return f"Gather {'x'.join(map(str, table.shape.numpy()))}" if table is not None and table.shape else "Gather"
     if geometry is None:
         return f"{layer.op_type}, unknown"
     kernel = f" {'x'.join(map(str, geometry.kernel))}" if geometry.kernel else ""

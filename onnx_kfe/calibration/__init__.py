@@ -11,6 +11,7 @@ from onnx_kfe.calibration._instrument import differentiable_copy, find_heads
 from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
 from onnx_kfe.calibration._loss import Loss
 from onnx_kfe.calibration._open_loss import open_loss
+from onnx_kfe.calibration._padding import find_padding
 from onnx_kfe.calibration._passes import batch_size, data_specs, input_specs
 from onnx_kfe.calibration._patches import channel_major, emit_samples, features_last
 from onnx_kfe.calibration._readers_streams import import_function, is_function_name
@@ -43,6 +44,7 @@ __all__ = [
     "emit_samples",
     "features_last",
     "find_heads",
+    "find_padding",
     "fixed_batch",
     "image_preset",
     "import_function",

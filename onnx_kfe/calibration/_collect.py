@@ -97,26 +97,29 @@ class _Sums:
         geometry = probe.layer.geometry
         assert geometry is not None
         self._probe, self._geometry = probe, geometry
-        self._patch, self._out = geometry.patch_size, geometry.out_channels // geometry.groups
+        self._patch, self._out = geometry.patch_size, geometry.cotangent_size
         self._inputs = np.zeros((geometry.groups, self._patch, self._patch))
         self._total = np.zeros((geometry.groups, self._patch))
         self._cotangents = np.zeros((geometry.groups, self._out, self._out))
         self._positions = 0.0
         self._common = PositionMeans()
-        self._saliency = np.zeros((geometry.groups, self._out))
+        self._saliency = np.zeros((geometry.groups, geometry.out_channels // geometry.groups))
         self._samples = 0
 
     def add(self, results: Mapping[str, np.ndarray], samples: int) -> None:
         """Add a batch of outputs of the instrumented graph."""
         probe, geometry = self._probe, self._geometry
-        positions = results[probe.output_size].item() / geometry.out_channels
+        channels = geometry.in_channels if geometry.transposed else geometry.out_channels
+        positions = results[probe.output_size].item() / channels
+        self._samples += samples
+        if not positions:  # padding throughout
+            return
         taken = results[probe.input_size].item() / (self._patch * geometry.groups)
-        taken_cotangents = results[probe.cotangent_size].item() / geometry.out_channels
+        taken_cotangents = results[probe.cotangent_size].item() / (self._out * geometry.groups)
         _add_scaled(self._inputs, results[probe.input_second_moment], positions / taken)
         _add_scaled(self._total, results[probe.input_sum], positions / taken)
         _add_scaled(self._cotangents, results[probe.cotangent_second_moment], positions / taken_cotangents)
         self._positions += positions
-        self._samples += samples
         self._common += self._position_means(results)
         gates = results[probe.gate_gradients].reshape(-1, *self._saliency.shape)
         self._saliency += np.square(gates, dtype=np.float64).sum(0)
@@ -130,9 +133,14 @@ class _Sums:
 
     def statistics(self) -> LayerStatistics:
         """The sums with patches in channel-major order."""
+        inputs, total, cotangents = self._inputs, self._total, self._cotangents
         order = channel_major(self._geometry)
+        if self._geometry.transposed:
+            cotangents = cotangents[:, order[:, None], order]
+        else:
+            inputs, total = inputs[:, order[:, None], order], total[:, order]
         return LayerStatistics(
-            self._inputs[:, order[:, None], order], self._total[:, order], self._cotangents,
+            inputs, total, cotangents,
             self._positions, self._samples, self._common, self._saliency,
         )  # fmt: skip
 

@@ -40,6 +40,8 @@ def collect_eigen_moments(
 ) -> Statistics:
     """The statistics with the second moments of the gradient in the eigenbases of their factors, at all positions.
 
+    Those of ConvTranspose stay as they are: no form is made of their eigenbases.
+
     Noise is that of the first pass, sample by sample.
 
     Args:
@@ -60,7 +62,9 @@ def collect_eigen_moments(
     statistics.check_loss(loss.fingerprint if loss is not None else None)
     copy = differentiable_copy(network.model)
     forward = Forward(copy, statistics.heads, providers=providers, threads=threads)
-    layers = [layer for layer in network.prunable if layer.name in statistics.layers]
+    known = [layer for layer in network.prunable if layer.name in statistics.layers]
+    if not (layers := [layer for layer in known if not layer.transposed]):
+        return statistics
     specs, size = data_specs(network.model, loss), _batch_size(network, statistics, layers)
     bases = {layer.name: _bases(layer, statistics.layers[layer.name]) for layer in layers}
     model, outputs = _instrument(copy, layers, statistics, bases, loss)

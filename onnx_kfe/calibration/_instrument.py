@@ -10,11 +10,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_kfe.autodiff import Emitter, append_gradients
-from onnx_kfe.calibration._coherence import emit_position_means
+from onnx_kfe.calibration._coherence import emit_cotangent_means, emit_position_means
 from onnx_kfe.calibration._gradients import emit_gate_gradients
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
 from onnx_kfe.calibration._loss import Loss
 from onnx_kfe.calibration._opset import at_opset, working_opset
+from onnx_kfe.calibration._padding import Padding, find_padding
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs, features_last
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, serialize
@@ -46,7 +47,7 @@ class Probe:
         input_size: Elements of the patches taken.
         cotangent_second_moment: ``[groups, o, o]``, summed over the positions taken.
         cotangent_size: Elements of the cotangents taken.
-        output_size: Elements of the layer's output.
+        output_size: Elements of the layer's output, of a ConvTranspose of its input.
         input_means: The input averaged over the positions of each sample, ``[n, c]``.
         cotangent_means: The cotangent averaged likewise, ``[n, o]``.
         gate_gradients: Derivative of the loss of each sample by a gate on each output channel, ``[n, o]``.
@@ -117,12 +118,14 @@ class Differentiated:
         emit: Where further nodes go.
         layers: The layers with a gradient: each with its input, its output and the cotangent of that, `features_last`.
         skipped: Why the others have none, by layer name.
+        padding: Which positions are real; None where all are.
     """
 
     model: ir.Model
     emit: Emitter
     layers: list[tuple[Layer, ir.Value, ir.Value, ir.Value]]
     skipped: dict[str, str]
+    padding: Padding | None
 
     def serialized(self, outputs: Sequence[ir.Value]) -> bytes:
         """The model with these values as its only outputs."""
@@ -146,7 +149,8 @@ def differentiate(
     values = {value.name: value for node in graph for value in node.outputs}
     values |= {value.name: value for value in graph.inputs}
     emit = Emitter(graph, prefix="kfe/")
-    seeds = _seeds(emit, heads, values) if loss is None else loss.seeds(emit)
+    padding = find_padding(model)
+    seeds = _seeds(emit, heads, values, padding) if loss is None else loss.seeds(emit)
     found = [layer for layer in layers if layer.output in values and layer.input in values]
     skipped = {layer.name: "not found after opset conversion" for layer in layers if layer not in found}
     gradients = append_gradients(graph, seeds, [values[layer.output] for layer in found])
@@ -163,7 +167,7 @@ def differentiate(
             skipped[layer.name] = str(error)
         else:
             reached.append((layer, x, y, cotangent))
-    return Differentiated(model, emit, reached, skipped)
+    return Differentiated(model, emit, reached, skipped, padding)
 
 
 def instrument(
@@ -183,11 +187,15 @@ def instrument(
     probes, outputs = [], []
     for layer, x, y, cotangent in whole.layers:
         try:
+            ends, weight = (x, cotangent), None
+            if whole.padding is not None and whole.padding.covers(layer):
+                ends = whole.padding.real_rows(emit, x), whole.padding.real_rows(emit, cotangent)
+                weight = whole.padding.weight(emit, x)
             moments = [
-                *emit_inputs(emit, layer, x, y, phase),
-                *emit_cotangents(emit, layer, cotangent, phase),
-                emit_position_means(emit, layer, x),
-                emit_position_means(emit, layer, cotangent),
+                *emit_inputs(emit, layer, ends[0], y, phase),
+                *emit_cotangents(emit, layer, ends[0], ends[1], phase),
+                emit_position_means(emit, layer, x, weight),
+                emit_cotangent_means(emit, layer, x, cotangent, weight),
                 emit_gate_gradients(emit, layer, y, cotangent),
             ]
         except KfeError as error:
@@ -201,11 +209,15 @@ def instrument(
     return Instrumented(whole.serialized(outputs), probes, skipped)
 
 
-def _seeds(emit: Emitter, heads: Sequence[Head], values: Mapping[str | None, ir.Value]) -> dict[ir.Value, ir.Value]:
+def _seeds(
+    emit: Emitter, heads: Sequence[Head], values: Mapping[str | None, ir.Value], padding: Padding | None
+) -> dict[ir.Value, ir.Value]:
     seeds: dict[ir.Value, ir.Value] = {}
     for head in heads:
         source = values[head.source]
         noise = _input(emit.graph, noise_input(head), ir.DataType.FLOAT, source.shape)
+        if padding is not None and head.source in padding.ranks:
+            noise = emit.op("Mul", noise, padding.weight(emit, source), like=noise)
         if source.dtype not in (None, ir.DataType.FLOAT):
             noise = emit.op("CastLike", noise, source, like=source)
         cotangent = HEAD_KINDS[head.kind](emit, source, noise, head)

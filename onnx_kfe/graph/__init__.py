@@ -1,6 +1,7 @@
 """The model as a graph: loading and saving, normalising, shapes and layers."""
 
 from onnx_kfe.graph._branches import Branch, Junction, find_branches, find_junction, only_feeding
+from onnx_kfe.graph._embeddings import find_embeddings
 from onnx_kfe.graph._io import (
     ModelSource,
     check_output,
@@ -43,6 +44,7 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "find_branches",
+    "find_embeddings",
     "find_groups",
     "find_junction",
     "find_layers",

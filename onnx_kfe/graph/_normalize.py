@@ -1,8 +1,8 @@
 """Bring a model into the form that every later step assumes, without changing what it computes.
 
 BatchNormalization is folded, constants are initializers, weights pass through no Identity, Transpose, Reshape or Cast,
-every node has a unique name, initializers are no graph inputs, and shapes are inferred with their symbolic dimensions
-kept.
+products have the shapes that layers have, every node has a unique name, initializers are no graph inputs, and shapes
+are inferred with their symbolic dimensions kept.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import onnx_ir.passes.common as common
 
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph._io import serialize
+from onnx_kfe.graph._products import ProductPass
 
 __all__ = ["normalize"]
 
@@ -49,9 +50,16 @@ def normalize(model: ir.Model) -> ir.Model:
     simplified = passes(simplified).model
     _name_nodes(simplified.graph)
     _restore_interface(simplified, model)
-    with contextlib.suppress(Exception):  # shapes are a help, not a precondition
-        simplified = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(simplified).model
+    simplified = _with_shapes(simplified)
+    if ProductPass()(simplified).modified:
+        simplified = _with_shapes(simplified)
     return simplified
+
+
+def _with_shapes(model: ir.Model) -> ir.Model:
+    with contextlib.suppress(Exception):  # shapes are a help, not a precondition
+        return common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
+    return model
 
 
 def _reject_quantized(model: ir.Model) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.autodiff import Emitter, sizes_of
-from onnx_kfe.calibration import Batch, channel_major, differentiable_copy, emit_samples, features_last
+from onnx_kfe.calibration import Batch, channel_major, differentiable_copy, emit_samples, features_last, find_padding
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, serialize
 from onnx_kfe.recovery._activations import Activations
@@ -61,6 +61,7 @@ class Lockstep:
         self._cuts = network.cuts
         means = {chain.layer.name: chain.bias for chain in removed}
         self._smaller_model = RemovePass(means, keep_sums=True)(network.model.clone()).model
+        self._padding = find_padding(whole.model)
         self._kept = kept
         self._sizes: list[int] = []
         self._memory = memory
@@ -116,6 +117,8 @@ class Lockstep:
         for frontier, nodes, _ in parts:
             frontier.advance(nodes)
         needed = self._original.needed() | self._smaller.needed()
+        if self._padding is not None:
+            needed.add(self._padding.mask)
         outputs = [name for name, value in values.items() if name in needed and value.producer() is not None]
         used = [frontier.joint_name(value) for frontier, _, values in parts for value in values]
         session, sampled = self._session(model, layer, outputs, used)
@@ -159,13 +162,24 @@ class Lockstep:
         phase = ir.Value(name=_PHASE, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3]))
         graph.inputs.append(phase)
         emit = Emitter(graph, prefix="kfe/refit/")
-        y, x, *beside = (features_last(emit, layer, named[name]) for name in used)
+        y, x, *beside = self._real(emit, layer, [features_last(emit, layer, named[name]) for name in used])
         y = self._left(emit, layer, y)
         share = self._share(layer, 1 + len(beside))
         sampled = emit_samples(emit, layer, x, [y, *beside], phase, share)
         graph.outputs.clear()
         graph.outputs.extend([*(named[name] for name in outputs), *sampled])
         return create_session(serialize(model), **self._options), [value.name or "" for value in sampled]
+
+    def _real(self, emit: Emitter, layer: Layer, values: list[ir.Value]) -> list[ir.Value]:
+        """The values without positions that are padding."""
+        padding = self._padding
+        if padding is None or not padding.covers(self._wholes[layer.name]):
+            return values
+        graph = emit.graph
+        if not any(value.name == padding.mask for value in graph.inputs):
+            given = next(value for value in self._model.graph.inputs if value.name == padding.mask)
+            graph.inputs.append(ir.Value(name=given.name, type=given.type, shape=given.shape))
+        return [padding.real_rows(emit, value) for value in values]
 
     def _left(self, emit: Emitter, layer: Layer, value: ir.Value) -> ir.Value:
         """Of an output of the original the channels that the layer still has."""

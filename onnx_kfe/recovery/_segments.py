@@ -36,7 +36,7 @@ class Frontier:
         self.graph = graph
         self._prefix = prefix
         self._known = {value.name for value in graph.inputs if not value.is_initializer()}
-        self._relevant = {output.name for node in ancestors(wanted) for output in node.outputs}
+        self._wanted = {value.name for value in wanted}
 
     def value(self, name: str) -> ir.Value:
         """The value of that name, as the graph is now."""
@@ -64,11 +64,10 @@ class Frontier:
 
     def needed(self) -> set[str]:
         """Joint names of the known values that nodes to be evaluated read."""
-        values = [*self.graph.inputs, *(output for node in self.graph for output in node.outputs)]
-        return {self.joint_name(v) for v in values if v.name in self._known and any(map(self._is_ahead, v.consumers()))}
-
-    def _is_ahead(self, node: ir.Node) -> bool:
-        return any(output.name in self._relevant and output.name not in self._known for output in node.outputs)
+        values = [output for node in self.graph for output in node.outputs]
+        ahead = ancestors([value for value in values if value.name in self._wanted], self._known)
+        used = {value for node in ahead for value in node.inputs if value is not None and value.name in self._known}
+        return {self.joint_name(value) for value in used}
 
 
 def join(

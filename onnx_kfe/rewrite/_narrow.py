@@ -31,8 +31,8 @@ class Narrowed(NamedTuple):
 def narrow(network: Network, plan: Plan, statistics: Statistics | None) -> Narrowed:
     """A network without the channels that a plan gives up.
 
-    Layers that lose inputs get the mean of what these gave as a bias, and where the plan says so weights that make up
-    for the rest as well as can be predicted.
+    Layers that lose inputs, ConvTranspose apart, get the mean of what these gave as a bias, and where the plan says so
+    weights that make up for the rest as well as can be predicted.
 
     Args:
         network: The network.
@@ -51,7 +51,8 @@ def narrow(network: Network, plan: Plan, statistics: Statistics | None) -> Narro
     if statistics is not None:
         for layer in network.prunable:
             cut = cuts[layer.name]
-            if layer.name in statistics.layers and not (cut.rows.all() and cut.columns.all()):
+            whole = cut.rows.all() and cut.columns.all()
+            if layer.name in statistics.layers and not layer.transposed and not whole:
                 left = cut_layer(LayerProblem(layer, statistics.layers[layer.name]), cut, plan.compensates)
                 weights[layer.name], losses[layer.name] = Weights(left.weight, left.bias), left.loss
                 if layer.op_type == "MatMul":

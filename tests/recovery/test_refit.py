@@ -14,11 +14,11 @@ import pytest
 import onnx_kfe as kfe
 from onnx_kfe.calibration import Dataset, batches, input_specs, open_dataset
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Network, find_branches, open_network, serialize
-from onnx_kfe.planning import DENSE, REMOVED, Candidate, Cost, Plan, dense_cost, network_cost
+from onnx_kfe.graph import Network, count_macs, find_branches, open_network, serialize
+from onnx_kfe.planning import DENSE, FORMS, REMOVED, Candidate, Cost, Plan, dense_cost, network_cost
 from onnx_kfe.recovery import _lockstep, refit, refusal
 from onnx_kfe.recovery._activations import Activations
-from onnx_kfe.rewrite import apply_plan, write_chains
+from onnx_kfe.rewrite import apply_plan, solve_plan, write_chains
 from onnx_kfe.runtime import create_session
 from tests.cases import INPUT, load_case
 from tests.networks import mixer
@@ -28,7 +28,7 @@ SAMPLES = 192
 TOPOLOGIES = [
     "plain-13", "residual-dynamo", "strided_shortcut-17", "inverted_residual-17", "grouped-11", "dense-13", "conv1d-13",
     "video-17", "inception-17", "unet-13", "pyramid-11", "mlp-11", "attention-13", "two_heads-13", "activations-13",
-    "shared-11", "denoiser-17",
+    "shared-11", "denoiser-17", "autoencoder-13",
 ]  # fmt: skip
 
 
@@ -64,6 +64,29 @@ def test_where_nothing_changes_nothing_is_changed(name: str):
     found = outputs(serialize(write_chains(network, plan, statistics, chains)), feeds)
     for wanted, array in zip(outputs(serialize(network.original), feeds), found, strict=True):
         np.testing.assert_allclose(array, wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
+
+
+def test_transposed_convolutions_become_what_the_plan_makes_of_them():
+    case = load_case("autoencoder-13")
+    network, feeds = open_network(case.model), samples_of(case)
+    statistics, plan = kfe.collect(network, feeds), dense_plan(network)
+    up = [layer for layer in network.prunable if layer.transposed]
+    for layer, form, ranks in zip(up, ("tucker", "input_low_rank"), ((6, 4), (3,)), strict=True):
+        plan.choices[layer.name] = Candidate(form, ranks, FORMS[form].cost(layer.geometry, ranks), 0.0)
+    chains = refit(network, plan, statistics, dataset(network, feeds))
+    once, _ = solve_plan(network, plan, statistics)
+    for layer in up:
+        for stage, wanted in zip(chains[layer.name].stages, once[layer.name].stages, strict=True):
+            np.testing.assert_array_equal(stage.weight, wanted.weight)
+    refitted = write_chains(network, plan, statistics, chains)
+    assert [node.op_type for node in refitted.graph if "Conv" in node.op_type] == (
+        ["Conv"] * 3 + ["ConvTranspose"] + ["Conv"] * 2 + ["ConvTranspose"]
+    )
+    assert count_macs(refitted) == network_cost(network).macs + sum(
+        plan.choices[layer.name].cost.macs - layer.macs for layer in up
+    )
+    (wanted,), (found,) = (outputs(serialize(model), feeds) for model in (network.original, refitted))
+    assert 0 < np.square(found - wanted).mean() < 0.5 * wanted.var()
 
 
 def test_constants_on_the_left_are_solved_anew():
@@ -331,3 +354,31 @@ def test_a_product_behind_a_branch_that_is_cut_makes_up_for_it():
     (found,) = outputs(serialize(write_chains(network, plan, statistics, chains)), {"x": x})
     (once,) = outputs(serialize(apply_plan(network, plan, statistics)[0]), {"x": x})
     assert np.square(found - wanted).sum() < 0.01 * np.square(once - wanted).sum()
+
+
+def test_what_a_chain_of_a_branch_reads_is_kept_while_other_branches_are_solved():
+    arrays = {
+        "w0": weights(8, 4, 1, 1),
+        "w1": weights(8, 8, 3, 3),
+        "w2": weights(8, 4, 1, 1),
+        "w3": weights(4, 16, 1, 1),
+    }
+    nodes = [
+        node("Conv", ["x", "w0"], ["h"], "stem"),
+        node("Relu", ["h"], ["p"]),
+        node("Conv", ["p", "w1"], ["b"], "branch", pads=[1, 1, 1, 1]),
+        node("Conv", ["x", "w2"], ["c"], "other"),
+        node("Concat", ["b", "c"], ["j"], axis=1),
+        node("Conv", ["j", "w3"], ["y"], "last"),
+    ]
+    network = open_network(tiny(nodes, {"x": ["n", 4, 6, 6]}, {"y": ["n", 4, 6, 6]}, arrays))
+    feeds = {"x": weights(16, 4, 6, 6)}
+    statistics, plan = kfe.collect(network, feeds), dense_plan(network)
+    plan.choices["branch"] = Candidate("tucker", (8, 8), Cost(0, 0), 0.0)
+    chains = refit(network, plan, statistics, dataset(network, feeds))
+    assert list(chains) == ["stem", "branch", "other", "last"]
+    (wanted,), (found,) = (
+        outputs(serialize(model), feeds)
+        for model in (network.original, write_chains(network, plan, statistics, chains))
+    )
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
