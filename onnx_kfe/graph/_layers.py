@@ -78,7 +78,7 @@ class Layer:
 
     Attributes:
         name: Node name, unique in a normalised graph.
-        op_type: Conv, ConvTranspose, Gemm or MatMul.
+        op_type: Conv, ConvTranspose, Gemm, MatMul, or a fused operator that is in the way of some.
         input: Name of the value that the layer reads.
         output: Name of the value that the layer writes.
         geometry: Shape and cost; None when the shapes could not be inferred.
@@ -174,7 +174,7 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
         if not hidden and (node.op_type not in _LINEAR or node.domain != ""):
             continue
         geometry = None if hidden else _geometry(node, shapes, batch)
-        reason = reason_kept(node, model.opset_imports[""]) if hidden else _reason(node, geometry, model.graph)
+        reason = reason_kept(node, model.opset_imports.get("", 1)) if hidden else _reason(node, geometry, model.graph)
         x, y = node.inputs[1 - weight_place(node)], node.outputs[0]
         layers.append(
             Layer(node.name or "", node.op_type, (x.name if x else "") or "", y.name or "", geometry, reason, node)
@@ -183,8 +183,8 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
 
 
 def _hides_layers(node: ir.Node) -> bool:
-    """Whether a node of another domain has a constant matrix where linear nodes have their weight."""
-    weight = node.inputs[1] if node.domain not in ("", "ai.onnx") and len(node.inputs) > 1 else None
+    """Whether a fused node of ONNX Runtime has a constant matrix where linear nodes have their weight."""
+    weight = node.inputs[1] if node.domain == "com.microsoft" and len(node.inputs) > 1 else None
     return weight is not None and weight.const_value is not None and len(weight.const_value.shape) > 1
 
 

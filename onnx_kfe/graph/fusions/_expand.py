@@ -84,6 +84,6 @@ def _outputs(expansion: Expansion) -> Mapping[ir.Value, ir.Value]:
         if value.uses() or value.is_graph_output():
             equal = outputs[index] if index < len(outputs) else None
             if equal is None:
-                raise Unsupported(f"output {index}")
+                raise Unsupported(f"output {index} in use")
             found[value] = equal
     return found

@@ -33,15 +33,9 @@ def _transposed(op: Expansion, index: int, attribute: str) -> ir.Value:
 @fusion("FusedGemm")
 def fused_gemm(op: Expansion) -> ir.Value:
     """Gemm and an activation."""
-    prefix = "activation_"
     own = {name: value for name, value in op.attributes.items() if not name.startswith("activation")}
-    of_activation = {
-        name.removeprefix(prefix): value.as_float()
-        for name, value in op.attributes.items()
-        if name.startswith(prefix)
-    }  # fmt: skip
-    product = op.layer("", "Gemm", *op.node.inputs, **own)
-    return op.op(op.attributes.get_string("activation", ""), product, **of_activation)
+    parameters = {n.removeprefix("activation_"): v.as_float() for n, v in op.attributes.items() if "activation_" in n}
+    return op.op(op.attributes.get_string("activation", ""), op.layer("", "Gemm", *op.node.inputs, **own), **parameters)
 
 
 @fusion("FusedConv")

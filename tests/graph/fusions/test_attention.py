@@ -58,7 +58,7 @@ def test_values_of_another_width():
     [
         ("x w b - p", ["y", "present"], {}, "past keys and values"),
         ("x w b", ["y"], {"do_rotary": 1}, "do_rotary"),
-        ("x w b", ["y", "present"], {}, "output 1"),
+        ("x w b", ["y", "present"], {}, "output 1 in use"),
         ("x w b e", ["y"], {}, "a mask that may be more than a length a sequence"),
         ("x w b f", ["y"], {}, "a mask of rank 4"),
     ],

@@ -17,7 +17,7 @@ from onnx_kfe.graph import find_layers, load, normalize
 from tests.cases import load_case
 from tests.graph.fusions.transformer import HEADS, WIDTH, sentences, transformer
 from tests.networks import classifier, samples
-from tests.tiny import node, run, tiny, weights
+from tests.tiny import node, run, serialized, tiny, weights
 
 MICROSOFT = [helper.make_opsetid("com.microsoft", 1)]
 
@@ -102,6 +102,7 @@ def test_zoo(name, tmp_path):
     )
     assert Counter(layers) == Counter(wanted)
     inputs = case.inputs(3)
+    assert fused_operators(optimized(serialized(normal), tmp_path)) == fused_operators(fused)
     for output, array in run(case.model, inputs).items():
         np.testing.assert_allclose(run(normal, inputs)[output], array, rtol=1e-4, atol=1e-4)
 
@@ -124,7 +125,7 @@ def test_what_stays_is_a_reason_and_no_error(opset):
     model = stopping(opset)
     network = kfe.inspect(model)
     reasons = {layer.name: layer.reason for layer in network.layers}
-    assert reasons.pop("middle") == "inside com.microsoft.Attention with output 1"
+    assert reasons.pop("middle") == "inside com.microsoft.Attention with output 1 in use"
     assert reasons == {"first": None, "behind": "no constant weight", "last": None}
     assert [node.op_type for node in network.model.graph if node.domain] == ["Attention"]
     assert network.model.opset_imports["com.microsoft"] == 1
@@ -136,13 +137,14 @@ def test_what_stays_is_a_reason_and_no_error(opset):
 
 
 def test_operators_without_a_decomposition_are_named():
-    nodes = [node("MyLinear", ["x", "w"], ["h"], "mine", domain="org.test"), node("MatMul", ["h", "v"], ["y"], "last")]
-    model = tiny(
-        nodes, {"x": ["n", 4]}, {"y": ["n", 3]}, {"w": weights(4, 5), "v": weights(5, 3)},
-        opsets=[helper.make_opsetid("org.test", 1)],
-    )  # fmt: skip
-    mine, _ = find_layers(normalize(load(model)))
-    assert (mine.name, mine.reason) == ("mine", "inside org.test.MyLinear, which has no decomposition")
+    nodes = [
+        node("GemmFastGelu", ["x", "w"], ["h"], "mine", domain="com.microsoft"),
+        node("MatMul", ["h", "v"], ["y"], "last"),
+    ]
+    model = tiny(nodes, {"x": ["n", 4]}, {"y": ["n", 3]}, {"w": weights(4, 5), "v": weights(5, 3)}, opsets=MICROSOFT)
+    mine, last = find_layers(normalize(load(model)))
+    assert (mine.name, mine.reason) == ("mine", "inside com.microsoft.GemmFastGelu, which has no decomposition")
+    assert last.name == "last"
 
 
 def test_nodes_in_bodies_are_decomposed():
