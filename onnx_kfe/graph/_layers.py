@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
+from onnx_kfe.graph.fusions import reason_kept
 
 __all__ = ["Geometry", "Layer", "count_macs", "count_parameters", "find_layers", "initializer_array", "weight_place"]
 
@@ -92,7 +93,7 @@ class Layer:
 
     Attributes:
         name: Node name, unique in a normalised graph.
-        op_type: Conv, ConvTranspose, Gemm or MatMul.
+        op_type: Conv, ConvTranspose, Gemm, MatMul, or a fused operator that is in the way of some.
         input: Name of the value that the layer reads.
         output: Name of the value that the layer writes.
         geometry: Shape and cost; None when the shapes could not be inferred.
@@ -190,15 +191,22 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
     batch = next((shape[0] for shape in nominal.values() if shape), 1)
     layers = []
     for node in model.graph.all_nodes():
-        if node.op_type not in _LINEAR or node.domain != "":
+        hidden = _hides_layers(node)
+        if not hidden and (node.op_type not in _LINEAR or node.domain != ""):
             continue
-        geometry = _geometry(node, shapes, batch)
-        reason = _reason(node, geometry, model.graph)
+        geometry = None if hidden else _geometry(node, shapes, batch)
+        reason = reason_kept(node, model.opset_imports.get("", 1)) if hidden else _reason(node, geometry, model.graph)
         x, y = node.inputs[1 - weight_place(node)], node.outputs[0]
         layers.append(
             Layer(node.name or "", node.op_type, (x.name if x else "") or "", y.name or "", geometry, reason, node)
         )
     return layers
+
+
+def _hides_layers(node: ir.Node) -> bool:
+    """Whether a fused node of ONNX Runtime has a constant matrix where linear nodes have their weight."""
+    weight = node.inputs[1] if node.domain == "com.microsoft" and len(node.inputs) > 1 else None
+    return weight is not None and weight.const_value is not None and len(weight.const_value.shape) > 1
 
 
 def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | None:
