@@ -390,14 +390,26 @@ def _second_moments(emit: Emitter, columns: ir.Value, groups: int) -> Moments:
 
 
 def _rows(emit: Emitter, x: ir.Value, features: int, share: float, phase: ir.Value) -> ir.Value:
-    """``[..., features]`` to one row a position, thinned along the last position axis where there is one."""
-    x = float32(emit, x)
-    if x.shape is not None and len(x.shape) >= 3 and share < 1:
-        place = len(x.shape) - 2
-        length = x.shape[place]
-        (stride,) = grid_strides([length if isinstance(length, int) else None], share)
-        x = _thin(emit, x, place - 2, stride, phase)
-    return emit.op("Reshape", x, emit.ints(-1, features), shape=(None, features))
+    """``[..., features]`` to one row a position, thinned along the last position axis where there is one.
+
+    The positions taken move on by one from entry to entry of the axes before, for where a sequence is read out at one
+    position alone, as at its beginning, no other has a gradient.
+    """
+    rows = emit.op("Reshape", float32(emit, x), emit.ints(-1, features), shape=(None, features))
+    if x.shape is None or len(x.shape) < 3 or share >= 1:
+        return rows
+    extent = x.shape[-2]
+    (stride,) = grid_strides([extent if isinstance(extent, int) else None], share)
+    if stride == 1:
+        return rows
+    length = emit.op("Max", emit.size_of(x, -2), emit.ints(1), dtype=_INT64)
+    scalars = (emit.size_of(rows, 0), length, _start(emit, x, len(x.shape) - 4, stride, phase))
+    count, length, start = (emit.op("Squeeze", value, dtype=_INT64) for value in scalars)
+    even = emit.op("Range", start, count, emit.constant(np.array(stride, np.int64)), dtype=_INT64)
+    entry = emit.op("Div", even, length, dtype=_INT64)
+    place = emit.op("Mod", emit.op("Add", even, entry, dtype=_INT64), length, dtype=_INT64)
+    taken = emit.op("Add", emit.op("Mul", entry, length, dtype=_INT64), place, dtype=_INT64)
+    return emit.op("Gather", rows, taken, axis=0, shape=(None, features))
 
 
 def _row_moments(emit: Emitter, rows: ir.Value) -> Moments:
