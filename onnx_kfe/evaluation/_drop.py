@@ -44,7 +44,7 @@ class Metric:
         kinds: Kinds of head that it is of; of any outputs when empty.
         classes: The fewest classes of that head.
         positions: Whether that head decides at several positions.
-        labels: Whether it needs labels. Others take them where they can, but for `agreement`, `kl`, `relative-error`,
+        labels: Whether it needs labels. Others take them where they can, but for `agreement`, `kl`, errors,
             `cosine` and `spearman`, which compare with the original.
         own_labels: Whether labels are other than one class for each decision.
         unit: What drops are written in: ``%`` for shares, ``dB``, ``nats``, or nothing.
@@ -98,8 +98,8 @@ def measured_drop(quality: Quality, metric: str) -> Drop:
 
 
 def default_metric(quality: Quality) -> str:
-    """Agreement where the model decides something, else the relative error."""
-    return "agreement" if any(head.agreement is not None for head in quality.heads) else "relative-error"
+    """Agreement where the model decides something, else the unexplained variance."""
+    return "agreement" if any(head.agreement is not None for head in quality.heads) else "unexplained-variance"
 
 
 def find_metric(name: str) -> Metric:
@@ -173,10 +173,19 @@ def _relative_error(quality: Quality) -> Drop:
     return Drop(*max(errors), quality.samples)
 
 
+def _unexplained_variance(quality: Quality) -> Drop:
+    """The square of the relative error: the share of the output's variance that is not met, where it is largest."""
+    error = _relative_error(quality)
+    return Drop(error.value**2, error.low**2, error.high**2, error.samples)
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         "agreement": Metric(_agreement, kinds=_DECISIONS, unit="%", counted=True),
         "kl": Metric(_kl, range=(0.0, math.inf), higher_is_better=False, kinds=_DECISIONS, unit="nats"),
+        "unexplained-variance": Metric(
+            _unexplained_variance, range=(0.0, math.inf), higher_is_better=False, kinds=("gaussian",), unit="%"
+        ),
         "relative-error": Metric(_relative_error, range=(0.0, math.inf), higher_is_better=False, kinds=("gaussian",)),
         "accuracy": Metric(_accuracy, kinds=("categorical",), labels=True, unit="%", counted=True),
         "top-5": Metric(

@@ -75,6 +75,9 @@ def test_relative_error_and_its_interval():
     ends = [np.sqrt(200 * (errors.mean() + sign * half) / scatter) for sign in (-1, 1)]
     assert drop.value == pytest.approx(np.sqrt(errors.sum() / scatter), rel=1e-5)
     assert (drop.low, drop.high) == pytest.approx(ends, rel=1e-3)
+    squared = measured_drop(quality("gaussian"), "unexplained-variance")
+    assert squared.value == pytest.approx(errors.sum() / scatter, rel=1e-5)
+    assert (squared.low, squared.high) == pytest.approx([end**2 for end in ends], rel=1e-3)
     assert quality("gaussian").divergence is None
 
 
@@ -125,7 +128,7 @@ def test_floors_are_written_in_the_unit_of_the_metric():
 
 def test_the_metric_must_fit():
     assert default_metric(quality()) == "agreement"
-    assert default_metric(quality("gaussian")) == "relative-error"
+    assert default_metric(quality("gaussian")) == "unexplained-variance"
     for metric, kind, message in (
         (
             "agreement",
@@ -137,7 +140,7 @@ def test_the_metric_must_fit():
         ("accuracy", "categorical", "--metric accuracy: the data have no labels .*what fits: agreement, kl"),
         ("top-5", "categorical", "--metric top-5: the data have no labels"),
         ("cosine", "gaussian", "--metric cosine: it was not asked for when quality was measured"),
-        ("f1", "categorical", "--metric f1: it can be agreement, kl, relative-error, accuracy"),
+        ("f1", "categorical", "--metric f1: it can be agreement, kl, unexplained-variance, relative-error, accuracy"),
     ):
         with pytest.raises(UsageError, match=message):
             measured_drop(quality(kind), metric)
@@ -154,7 +157,12 @@ def test_the_metric_must_fit():
             r"no gaussian output \(y categorical of 10 .*; what fits: .*accuracy, top-5",
         ),
         ("miou", "categorical", 10, "no categorical output with positions"),
-        ("character-accuracy", "gaussian", 10, "what fits: relative-error, cosine, psnr, spearman; --head"),
+        (
+            "character-accuracy",
+            "gaussian",
+            10,
+            "what fits: unexplained-variance, relative-error, cosine, psnr",
+        ),
     ],
 )
 def test_a_metric_that_does_not_fit_is_refused_with_what_does(metric, kind, classes, message):
