@@ -37,7 +37,7 @@ _SYNTHETIC_SAMPLES = 16
 
 
 class Recovery(NamedTuple):
-    """Whether to refit, in how much memory (bytes of activations), going on from which folder."""
+    """Whether to refit, in how much memory (bytes of activations; of sums as well), going on from which folder."""
 
     refit: bool
     memory: int
@@ -112,8 +112,8 @@ class Pruning:
         """Collect statistics where none were given and there are samples."""
         if self.statistics is None and self.samples.used is not None:
             self.statistics = collect(
-                self.network, self.samples.used, self.heads, self.seed, (0, 1), self.machine, self.progress,
-                self.recipe.curvature,
+                self.network, self.samples.used, self.heads, self.seed, (0, 1), self.recovery.memory, self.machine,
+                self.progress, self.recipe.curvature,
             )  # fmt: skip
         if self.statistics is None:
             self.progress.note("no data: only what the weights alone justify is pruned, and quality will be unproven")
@@ -177,7 +177,10 @@ class Pruning:
 
         def collected(network: Network) -> Statistics:
             quiet = StagesOnly(self.progress)
-            return collect(network, samples, self.heads, self.seed, (0, 1), self.machine, quiet, self.recipe.curvature)
+            return collect(
+                network, samples, self.heads, self.seed, (0, 1), self.recovery.memory, self.machine, quiet,
+                self.recipe.curvature,
+            )  # fmt: skip
 
         course, epochs, count = self._course(), self.recipe.epochs, self.recipe.rounds
 
@@ -276,6 +279,7 @@ def collect(
     heads: Mapping[str, str] | None,
     seed: int,
     shard: tuple[int, int],
+    memory: int,
     machine: Machine,
     progress: Progress,
     curvature: str = "kfac",
@@ -292,7 +296,7 @@ def collect(
         raise KfeError(f"{dataset.describe()}: no samples to collect statistics on")
     with progress.stage("collecting", dataset.count()) as advance:
         statistics = calibration.collect(
-            network, dataset, heads=heads, seed=seed, shard=shard, providers=machine.providers,
+            network, dataset, heads=heads, seed=seed, shard=shard, memory=memory, providers=machine.providers,
             threads=machine.threads, progress=advance,
         )  # fmt: skip
     if curvature == "kfac":

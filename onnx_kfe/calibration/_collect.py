@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,9 +19,11 @@ from onnx_kfe.calibration._statistics import Statistics
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.graph import Network
 
-__all__ = ["collect"]
+__all__ = ["DEFAULT_MEMORY", "collect"]
 
+DEFAULT_MEMORY = 4 * 2**30
 _SCALE_SAMPLES = 64  # samples whose outputs give a Gaussian head its unit
+_ELEMENT = 8 + 4  # bytes of an element of a sum, and of what a batch adds to it
 
 
 def collect(
@@ -30,13 +33,16 @@ def collect(
     heads: Mapping[str, str] | None = None,
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
+    memory: int = DEFAULT_MEMORY,
     providers: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = lambda samples: None,
 ) -> Statistics:
     """Collect the K-FAC statistics of every prunable layer over the data.
 
-    Memory on the host does not depend on the number of samples: a batch of activations and one sum a layer.
+    Memory on the host does not depend on the number of samples: a batch of activations and one sum a layer. Where the
+    sums of all layers take too much, there are several passes over the data, each for as many layers as fit; what a
+    pass found goes to a temporary file.
 
     Args:
         network: The model.
@@ -44,6 +50,7 @@ def collect(
         heads: Kind by output name where detection should be overruled.
         seed: Seed of noise and positions.
         shard: ``(i, n)``: collect the i-th of n parts, to be merged.
+        memory: Bytes that the sums of a pass may take, if those of a single layer do.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
         progress: Called with the number of samples done since the last call.
@@ -62,22 +69,66 @@ def collect(
     forward = Forward(copy, detect_heads(copy.graph, heads), providers=providers, threads=threads)
     scaled = forward.scaled_heads(itertools.islice(blocks(data, size, specs), -(-_SCALE_SAMPLES // size)))
     instrumented = instrument(copy, network.prunable, scaled)
-    sums = {probe.layer.name: _Sums(probe) for probe in instrumented.probes}
-    names = [name for probe in instrumented.probes for name in probe.outputs]
+    passes = _passes(instrumented.probes, memory)
+    advance = _shared(progress, len(passes))
+    parts = []
+    for probes in passes:
+        results = run_pass(
+            instrumented.serialized(probes), [name for probe in probes for name in probe.outputs],
+            blocks(data, size, specs, shard), forward, scaled, seed,
+            providers=providers, threads=threads, progress=advance,
+        )  # fmt: skip
+        layers, samples = _summed(probes, results)
+        if samples == 0:
+            raise KfeError(f"{data.describe()}: no samples in shard {index}/{count}")
+        part = Statistics(
+            network.fingerprint, seed, samples, scaled, shapes, layers, instrumented.skipped, [(index, count)]
+        )  # fmt: skip
+        parts.append(part if len(passes) == 1 else part.on_disk())
+    return dataclasses.replace(parts[0], layers={name: seen for part in parts for name, seen in part.layers.items()})
+
+
+def _summed(
+    probes: Sequence[Probe], batches: Iterable[tuple[int, dict[str, np.ndarray]]]
+) -> tuple[dict[str, LayerStatistics], int]:
+    """The statistics of some layers and the number of samples, from what a pass yields."""
+    sums = {probe.layer.name: _Sums(probe) for probe in probes}
     samples = 0
-    for done, results in run_pass(
-        instrumented.model, names, blocks(data, size, specs, shard), forward, scaled, seed,
-        providers=providers, threads=threads, progress=progress,
-    ):  # fmt: skip
+    for done, results in batches:
         for layer in sums.values():
             layer.add(results, done)
         samples += done
-    if samples == 0:
-        raise KfeError(f"{data.describe()}: no samples in shard {index}/{count}")
-    return Statistics(
-        network.fingerprint, seed, samples, scaled, shapes,
-        {name: layer.statistics() for name, layer in sums.items()}, instrumented.skipped, [(index, count)],
-    )  # fmt: skip
+        results.clear()  # before those of the next batch take as much again
+    return {name: sums.pop(name).statistics() for name in list(sums)}, samples
+
+
+def _passes(probes: Sequence[Probe], memory: int) -> list[list[Probe]]:
+    """The layers of each pass, in order, as many as fit."""
+    passes: list[list[Probe]] = []
+    free = 0
+    for probe in probes:
+        geometry = probe.layer.geometry
+        assert geometry is not None
+        outputs = geometry.out_channels // geometry.groups
+        needed = _ELEMENT * geometry.groups * (geometry.patch_size**2 + outputs**2)
+        if not passes or needed > free:
+            passes.append([])
+            free = memory
+        passes[-1].append(probe)
+        free -= needed
+    return passes
+
+
+def _shared(progress: Progress, passes: int) -> Progress:
+    """Progress for all passes together, each of which sees every sample."""
+    seen = 0
+
+    def advance(samples: int) -> None:
+        nonlocal seen
+        progress((seen + samples) // passes - seen // passes)
+        seen += samples
+
+    return advance
 
 
 class _Sums:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from onnx_kfe.autodiff import Emitter, append_gradients
 from onnx_kfe.calibration._coherence import emit_position_means
@@ -65,6 +65,11 @@ class Probe:
     gate_gradients: str
 
     @property
+    def second_moments(self) -> tuple[str, str]:
+        """The outputs that are large."""
+        return self.input_second_moment, self.cotangent_second_moment
+
+    @property
     def outputs(self) -> list[str]:
         """All names, in order."""
         return [
@@ -79,14 +84,28 @@ class Instrumented:
     """An instrumented model.
 
     Attributes:
-        model: Serialised.
+        model: The model, whose outputs are those of the probes.
         probes: One for each layer with statistics.
         skipped: Why there are none, by layer name.
     """
 
-    model: bytes
+    model: ir.Model
     probes: list[Probe]
     skipped: dict[str, str]
+
+    def serialized(self, probes: Sequence[Probe]) -> bytes:
+        """The model with the second moments of these probes alone.
+
+        All else that is computed stays, for ONNX Runtime fuses nodes by what else reads their outputs, and what it
+        fuses is rounded differently.
+        """
+        part = self.model.clone()
+        every, wanted = ({name for probe in some for name in probe.second_moments} for some in (self.probes, probes))
+        left_out = every - wanted
+        outputs = [value for value in part.graph.outputs if value.name not in left_out]
+        part.graph.outputs.clear()
+        part.graph.outputs.extend(outputs)
+        return serialize(RemoveUnusedNodesPass()(part).model)
 
 
 def noise_input(head: Head) -> str:
@@ -200,7 +219,9 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
     if not probes:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise KfeError(f"no layer can be collected ({reasons})" if reasons else "the model has no prunable layer")
-    return Instrumented(whole.serialized(outputs), probes, skipped)
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(outputs)
+    return Instrumented(model, probes, skipped)
 
 
 def _seeds(emit: Emitter, heads: Sequence[Head], values: Mapping[str | None, ir.Value]) -> dict[ir.Value, ir.Value]:

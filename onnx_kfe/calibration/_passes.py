@@ -99,6 +99,7 @@ def run_pass(
         KfeError: ONNX Runtime fails on a batch.
     """
     session = create_session(model, providers=providers, threads=threads)
+    del model  # the session has its own weights
     for block, batch in numbered:
         feeds = _feeds(session, batch, forward, heads, seed, block)
         yield len(batch), dict(zip(names, _run(session, names, feeds), strict=True))
