@@ -4,7 +4,8 @@
     python -m tools.bench_memory --memory 1GB --sentences 12
 
 Each measurement runs in a process of its own: the forward pass of the model over random sentences, and ``collect`` over
-the same. The peak counts mapped pages of files as well, which the system takes back where memory is short.
+the same. The peak counts mapped pages of files as well, which the system takes back where memory is short. Times are of
+batches after the first, and of the processor, so that they tell something on a machine shared with others.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_kfe as kfe
+from onnx_kfe import calibration
 from onnx_kfe._options import DEFAULT_MEMORY, parse_bytes
+from onnx_kfe.calibration import input_specs, open_dataset
 from onnx_kfe.evaluation._child import peak_memory
 from onnx_kfe.runtime import create_session, default_threads
 
 CLASSES = 32
+BATCH = 2  # of the forward pass; collection takes as many as its budget of activations allows
 TARGET = 8 * 2**30  # bytes, at 100 million parameters
 
 
@@ -92,23 +96,26 @@ def encoder(path: Path, layers: int, width: int, inner: int, heads: int, vocabul
 
 
 def forward(path: Path, sentences: np.ndarray, threads: int, memory: int) -> tuple[float, int]:
-    """Seconds of the forward pass, four sentences at a time, and peak resident bytes of this process."""
+    """CPU seconds of the forward pass, a few sentences at a time, and peak resident bytes of this process."""
     session = create_session(path, threads=threads)
-    session.run(None, {"tokens": sentences[:4]})
-    start = time.perf_counter()
-    for place in range(0, len(sentences), 4):
-        session.run(None, {"tokens": sentences[place : place + 4]})
-    return time.perf_counter() - start, peak_memory() or 0
+    session.run(None, {"tokens": sentences[:BATCH]})
+    start = time.process_time()
+    for place in range(0, len(sentences), BATCH):
+        session.run(None, {"tokens": sentences[place : place + BATCH]})
+    return time.process_time() - start, peak_memory() or 0
 
 
 def collect(path: Path, sentences: np.ndarray, threads: int, memory: int) -> tuple[float, int]:
-    """Seconds of the collection, and peak resident bytes of this process up to the file of statistics."""
+    """CPU seconds of the batches of all passes, and peak resident bytes of this process up to the file of statistics."""
     network = kfe.inspect(path)
-    start = time.perf_counter()
-    statistics = kfe.collect(network, {"tokens": sentences}, threads=threads, memory=memory)
-    seconds = time.perf_counter() - start
-    statistics.save(path.with_name("statistics.safetensors"))
-    return seconds, peak_memory() or 0
+    data = open_dataset({"tokens": sentences}, input_specs(network.model))
+    marks: list[float] = []
+    found = calibration.collect(
+        network, data, threads=threads, memory=memory, progress=lambda samples: marks.append(time.process_time())
+    )
+    assert not found.skipped
+    found.save(path.with_name("statistics.safetensors"))
+    return (marks[-1] - marks[0]) * len(marks) / (len(marks) - 1), peak_memory() or 0
 
 
 def main() -> None:
@@ -136,7 +143,7 @@ def main() -> None:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 found = pool.submit(task, path, sentences, given.threads, parse_bytes(given.memory)).result()
             seconds[task], peak = found
-            print(f"{task.__name__:<10}{seconds[task]:>9.1f} s{peak / 2**30:>9.2f} GiB at its peak", flush=True)
+            print(f"{task.__name__:<10}{seconds[task]:>9.1f} CPU s{peak / 2**30:>9.2f} GiB at its peak", flush=True)
     print(f"collect / forward {seconds[collect] / seconds[forward]:.2f}")
 
 

@@ -16,6 +16,7 @@ from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMean
 from onnx_kfe.calibration._passes import Progress, batch_size, blocks, input_specs, run_pass
 from onnx_kfe.calibration._patches import channel_major
 from onnx_kfe.calibration._statistics import Statistics
+from onnx_kfe.calibration._weight_file import WeightFile
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.graph import Network
 
@@ -66,15 +67,17 @@ def collect(
     specs = input_specs(network.model)
     size = batch_size(network, shapes)
     copy = differentiable_copy(network.model)
-    forward = Forward(copy, detect_heads(copy.graph, heads), providers=providers, threads=threads)
+    weights = WeightFile(copy)
+    forward = Forward(copy, detect_heads(copy.graph, heads), weights, providers=providers, threads=threads)
     scaled = forward.scaled_heads(itertools.islice(blocks(data, size, specs), -(-_SCALE_SAMPLES // size)))
     instrumented = instrument(copy, network.prunable, scaled)
+    weights = WeightFile(instrumented.model)  # those of the backward pass as well
     passes = _passes(instrumented.probes, memory)
     advance = _shared(progress, len(passes))
     parts = []
     for probes in passes:
         results = run_pass(
-            instrumented.serialized(probes), [name for probe in probes for name in probe.outputs],
+            weights.write(instrumented.part(probes)), [name for probe in probes for name in probe.outputs],
             blocks(data, size, specs, shard), forward, scaled, seed,
             providers=providers, threads=threads, progress=advance,
         )  # fmt: skip

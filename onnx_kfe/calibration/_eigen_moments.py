@@ -20,6 +20,7 @@ from onnx_kfe.calibration._layer_statistics import LayerStatistics
 from onnx_kfe.calibration._passes import ACTIVATION_BUDGET, Progress, batch_size, blocks, input_specs, run_pass
 from onnx_kfe.calibration._patches import channel_major
 from onnx_kfe.calibration._statistics import Statistics
+from onnx_kfe.calibration._weight_file import WeightFile
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Layer, Network
 from onnx_kfe.kfe import EigenMoments, eigen_bases
@@ -55,15 +56,17 @@ def collect_eigen_moments(
     if statistics.shards != [(0, 1)]:
         raise KfeError("second moments in the eigenbases need the whole statistics: merge the shards first")
     copy = differentiable_copy(network.model)
-    forward = Forward(copy, statistics.heads, providers=providers, threads=threads)
+    weights = WeightFile(copy)
+    forward = Forward(copy, statistics.heads, weights, providers=providers, threads=threads)
     layers = [layer for layer in network.prunable if layer.name in statistics.layers]
     specs, size = input_specs(network.model), _batch_size(network, statistics, layers)
     bases = {layer.name: _bases(layer, statistics.layers[layer.name]) for layer in layers}
     model, outputs = _instrument(copy, layers, statistics, bases)
+    weights = WeightFile(model)  # those of the backward pass and the bases as well
     samples = 0
     for done, results in run_pass(
-        model, list(outputs.values()), blocks(data, size, specs), forward, statistics.heads, statistics.seed,
-        providers=providers, threads=threads, progress=progress,
+        weights.write(model), list(outputs.values()), blocks(data, size, specs), forward, statistics.heads,
+        statistics.seed, providers=providers, threads=threads, progress=progress,
     ):  # fmt: skip
         for layer in layers:
             order = channel_major(_geometry(layer))
@@ -100,7 +103,7 @@ def _bases(layer: Layer, sums: LayerStatistics) -> EigenMoments:
 
 def _instrument(
     model: ir.Model, layers: Sequence[Layer], statistics: Statistics, bases: Mapping[str, EigenMoments]
-) -> tuple[bytes, dict[str, str]]:
+) -> tuple[ir.Model, dict[str, str]]:
     """The model that computes a batch's sums, and the names of its outputs by layer name."""
     whole = differentiate(model, layers, statistics.heads)
     outputs: dict[str, ir.Value] = {}
@@ -109,7 +112,7 @@ def _instrument(
         outputs[layer.name] = emit_squared_gradients(
             whole.emit, layer, x, y, cotangent, own.input_basis, own.output_basis, mean
         )
-    return whole.serialized(list(outputs.values())), {name: value.name or "" for name, value in outputs.items()}
+    return whole.with_outputs(list(outputs.values())), {name: value.name or "" for name, value in outputs.items()}
 
 
 def _geometry(layer: Layer) -> Geometry:

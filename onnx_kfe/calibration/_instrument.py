@@ -93,7 +93,7 @@ class Instrumented:
     probes: list[Probe]
     skipped: dict[str, str]
 
-    def serialized(self, probes: Sequence[Probe]) -> bytes:
+    def part(self, probes: Sequence[Probe]) -> ir.Model:
         """The model with the second moments of these probes alone.
 
         All else that is computed stays, for ONNX Runtime fuses nodes by what else reads their outputs, and what it
@@ -105,7 +105,7 @@ class Instrumented:
         outputs = [value for value in part.graph.outputs if value.name not in left_out]
         part.graph.outputs.clear()
         part.graph.outputs.extend(outputs)
-        return serialize(RemoveUnusedNodesPass()(part).model)
+        return RemoveUnusedNodesPass()(part).model
 
 
 def noise_input(head: Head) -> str:
@@ -151,11 +151,11 @@ class Differentiated:
     layers: list[tuple[Layer, ir.Value, ir.Value, ir.Value]]
     skipped: dict[str, str]
 
-    def serialized(self, outputs: Sequence[ir.Value]) -> bytes:
-        """The model with these values as its only outputs."""
+    def with_outputs(self, outputs: Sequence[ir.Value]) -> ir.Model:
+        """The model, now with these values as its only outputs."""
         self.model.graph.outputs.clear()
         self.model.graph.outputs.extend(outputs)
-        return serialize(self.model)
+        return self.model
 
 
 def differentiate(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) -> Differentiated:
@@ -219,9 +219,7 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
     if not probes:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise KfeError(f"no layer can be collected ({reasons})" if reasons else "the model has no prunable layer")
-    model.graph.outputs.clear()
-    model.graph.outputs.extend(outputs)
-    return Instrumented(model, probes, skipped)
+    return Instrumented(whole.with_outputs(outputs), probes, skipped)
 
 
 def _seeds(emit: Emitter, heads: Sequence[Head], values: Mapping[str | None, ir.Value]) -> dict[ir.Value, ir.Value]:

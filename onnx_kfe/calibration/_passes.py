@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def blocks(
 
 
 def run_pass(
-    model: bytes,
+    model: Path,
     names: Sequence[str],
     numbered: Iterable[tuple[int, Batch]],
     forward: Forward,
@@ -82,7 +83,7 @@ def run_pass(
     """Run an instrumented model over batches.
 
     Args:
-        model: Serialised.
+        model: Its file.
         names: Its outputs.
         numbered: As of `blocks`.
         forward: The model up to its heads.
@@ -99,7 +100,6 @@ def run_pass(
         KfeError: ONNX Runtime fails on a batch.
     """
     session = create_session(model, providers=providers, threads=threads)
-    del model  # the session has its own weights
     for block, batch in numbered:
         feeds = _feeds(session, batch, forward, heads, seed, block)
         yield len(batch), dict(zip(names, _run(session, names, feeds), strict=True))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import parser
@@ -176,15 +177,15 @@ def test_several_passes_give_exactly_what_one_does(name: str, monkeypatch: pytes
     memory = 12 * max(map(sum, moments.values()))  # a float64 sum and a float32 addend of the largest layer
 
     passes: list[list[str]] = []
-    models: list[onnx.ModelProto] = []
+    models: list[ir.Model] = []
 
-    def serialized(self: Instrumented, probes: list[Probe]) -> bytes:
+    def part(self: Instrumented, probes: list[Probe]) -> ir.Model:
         passes.append([probe.layer.name for probe in probes])
-        models.append(onnx.ModelProto.FromString(original(self, probes)))
-        return models[-1].SerializeToString()
+        models.append(original(self, probes))
+        return models[-1]
 
-    original = Instrumented.serialized
-    monkeypatch.setattr(Instrumented, "serialized", serialized)
+    original = Instrumented.part
+    monkeypatch.setattr(Instrumented, "part", part)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     done: list[int] = []
     found = collected(network, feeds, threads=1, memory=memory, progress=done.append)
@@ -192,8 +193,8 @@ def test_several_passes_give_exactly_what_one_does(name: str, monkeypatch: pytes
     assert len(passes) >= 2
     assert [layer for names in passes for layer in names] == list(whole.layers)
     assert all(12 * sum(sum(moments[layer]) for layer in names) <= memory for names in passes)
-    matmuls = [sum(node.op_type in ("MatMul", "Gemm") for node in model.graph.node) for model in models]
-    outputs = [len(model.graph.output) for model in models]
+    matmuls = [sum(node.op_type in ("MatMul", "Gemm") for node in model.graph) for model in models]
+    outputs = [len(model.graph.outputs) for model in models]
     small = 7 * len(moments)
     assert [count - small for count in outputs] == [2 * len(names) for names in passes]
     assert len({count - 2 * len(names) for count, names in zip(matmuls, passes, strict=True)}) == 1

@@ -20,7 +20,7 @@ from onnx_kfe.calibration import (
 from onnx_kfe.calibration._collect import _Sums
 from onnx_kfe.calibration._instrument import PHASE_INPUT, differentiable_copy, instrument, noise_input
 from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, grid_strides
-from onnx_kfe.graph import open_network
+from onnx_kfe.graph import open_network, serialize
 from onnx_kfe.runtime import create_session
 from tests.networks import mixer
 
@@ -138,7 +138,7 @@ class Probed:
         instrumented = instrument(differentiable_copy(network.model), network.prunable, heads)
         assert not instrumented.skipped
         (self.probe,) = instrumented.probes
-        self.session = create_session(instrumented.serialized(instrumented.probes))
+        self.session = create_session(serialize(instrumented.part(instrumented.probes)))
         y = create_session(geometry.model()).run(None, {"x": self.x})[0]
         self.noise = random.standard_normal(y.shape).astype(np.float32)
         self.noise_name = noise_input(heads[0])
