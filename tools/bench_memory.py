@@ -106,7 +106,7 @@ def forward(path: Path, sentences: np.ndarray, threads: int, memory: int) -> tup
 
 
 def collect(path: Path, sentences: np.ndarray, threads: int, memory: int) -> tuple[float, int]:
-    """CPU seconds of the batches of all passes, and peak resident bytes of this process up to the file of statistics."""
+    """CPU seconds of all batches, and peak resident bytes of this process up to the file of statistics."""
     network = kfe.inspect(path)
     data = open_dataset({"tokens": sentences}, input_specs(network.model))
     marks: list[float] = []

@@ -74,20 +74,19 @@ def collect(
     weights = WeightFile(instrumented.model)  # those of the backward pass as well
     passes = _passes(instrumented.probes, memory)
     advance = _shared(progress, len(passes))
-    parts = []
-    for probes in passes:
-        results = run_pass(
-            weights.write(instrumented.part(probes)), [name for probe in probes for name in probe.outputs],
-            blocks(data, size, specs, shard), forward, scaled, seed,
-            providers=providers, threads=threads, progress=advance,
-        )  # fmt: skip
-        layers, samples = _summed(probes, results)
+
+    def collected(probes: Sequence[Probe]) -> Statistics:
+        session = weights.session(instrumented.part(probes), providers=providers, threads=threads)
+        names = [name for probe in probes for name in probe.outputs]
+        batches = run_pass(session, names, blocks(data, size, specs, shard), forward, scaled, seed, advance)
+        layers, samples = _summed(probes, batches)
         if samples == 0:
             raise KfeError(f"{data.describe()}: no samples in shard {index}/{count}")
-        part = Statistics(
+        return Statistics(
             network.fingerprint, seed, samples, scaled, shapes, layers, instrumented.skipped, [(index, count)]
         )  # fmt: skip
-        parts.append(part if len(passes) == 1 else part.on_disk())
+
+    parts = [collected(probes) if len(passes) == 1 else collected(probes).on_disk() for probes in passes]
     return dataclasses.replace(parts[0], layers={name: seen for part in parts for name, seen in part.layers.items()})
 
 

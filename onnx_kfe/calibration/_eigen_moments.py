@@ -63,11 +63,10 @@ def collect_eigen_moments(
     bases = {layer.name: _bases(layer, statistics.layers[layer.name]) for layer in layers}
     model, outputs = _instrument(copy, layers, statistics, bases)
     weights = WeightFile(model)  # those of the backward pass and the bases as well
+    session = weights.session(model, providers=providers, threads=threads)
+    names, numbered = list(outputs.values()), blocks(data, size, specs)
     samples = 0
-    for done, results in run_pass(
-        weights.write(model), list(outputs.values()), blocks(data, size, specs), forward, statistics.heads,
-        statistics.seed, providers=providers, threads=threads, progress=progress,
-    ):  # fmt: skip
+    for done, results in run_pass(session, names, numbered, forward, statistics.heads, statistics.seed, progress):
         for layer in layers:
             order = channel_major(_geometry(layer))
             sums = bases[layer.name].second_moment

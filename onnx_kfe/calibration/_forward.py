@@ -11,7 +11,6 @@ from onnx_kfe.calibration._batches import Batch
 from onnx_kfe.calibration._heads import Head
 from onnx_kfe.calibration._weight_file import WeightFile
 from onnx_kfe.errors import KfeError
-from onnx_kfe.runtime import create_session
 
 __all__ = ["Forward"]
 
@@ -44,7 +43,7 @@ class Forward:
         self._sources = list(dict.fromkeys(head.source for head in heads))
         copy.graph.outputs.clear()
         copy.graph.outputs.extend(values[name] for name in self._sources)
-        self._session = create_session(weights.write(copy), providers=providers, threads=threads)
+        self._session = weights.session(copy, providers=providers, threads=threads)
         self._known: dict[tuple[object, ...], Shapes] = {}
 
     def run(self, batch: Batch) -> dict[str, np.ndarray]:

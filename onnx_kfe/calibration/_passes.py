@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +17,9 @@ from onnx_kfe.calibration._inputs import InputSpec, fixed_batch
 from onnx_kfe.calibration._instrument import PHASE_INPUT, activation_bytes, noise_input
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Network, concrete_shapes, nominal_input_shapes
-from onnx_kfe.runtime import create_session
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 __all__ = ["ACTIVATION_BUDGET", "Progress", "batch_size", "blocks", "input_specs", "run_pass"]
 
@@ -69,28 +70,23 @@ def blocks(
 
 
 def run_pass(
-    model: Path,
+    session: ort.InferenceSession,
     names: Sequence[str],
     numbered: Iterable[tuple[int, Batch]],
     forward: Forward,
     heads: list[Head],
     seed: int,
-    *,
-    providers: Sequence[str],
-    threads: int | None,
     progress: Progress,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Run an instrumented model over batches.
 
     Args:
-        model: Its file.
+        session: Of the model.
         names: Its outputs.
         numbered: As of `blocks`.
         forward: The model up to its heads.
         heads: The heads, with their scales.
         seed: Seed of noise and positions.
-        providers: Execution providers, CPU when empty.
-        threads: Threads, all cores when None.
         progress: Called with the number of samples done since the last call.
 
     Yields:
@@ -99,7 +95,6 @@ def run_pass(
     Raises:
         KfeError: ONNX Runtime fails on a batch.
     """
-    session = create_session(model, providers=providers, threads=threads)
     for block, batch in numbered:
         feeds = _feeds(session, batch, forward, heads, seed, block)
         yield len(batch), dict(zip(names, _run(session, names, feeds), strict=True))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from onnx_kfe.errors import KfeError
+from onnx_kfe.runtime import create_session
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 __all__ = ["WeightFile"]
 
 _SMALL = 2**16  # bytes of weights that stay in the model
 _ALIGNMENT = 2**16  # of the others in the file: what any system maps at
+_MOST_PREPACKED = 2**30  # bytes of weights of which sessions keep copies in an order of their own, to be faster
+_NAME = "weights"
 
 
 class WeightFile:
@@ -32,19 +39,28 @@ class WeightFile:
 
     def __init__(self, model: ir.Model) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="onnx-kfe-"))
-        self._numbers = itertools.count()
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         try:
             ir.external_data.unload_from_model(
-                model, self._folder, "weights", size_threshold_bytes=_SMALL, alignment=_ALIGNMENT
+                model, self._folder, _NAME, size_threshold_bytes=_SMALL, alignment=_ALIGNMENT
             )
         except OSError as error:
             raise KfeError(
                 f"cannot keep weights in {self._folder} ({error.strerror or error}): free space there or set TMPDIR"
             ) from error
 
-    def write(self, model: ir.Model) -> Path:
-        """Write a model with these weights, without them, to a file that ONNX Runtime can load."""
-        path = self._folder / f"{next(self._numbers)}.onnx"
+    def session(self, model: ir.Model, *, providers: Sequence[str], threads: int | None) -> ort.InferenceSession:
+        """A session of a model with these weights; large ones are used where they lie, which takes no memory.
+
+        Args:
+            model: The model.
+            providers: Execution providers, CPU when empty.
+            threads: Threads, all cores when None.
+
+        Raises:
+            KfeError: ONNX Runtime refuses the model.
+        """
+        path = self._folder / "model.onnx"
         path.write_bytes(ir.to_proto(model).SerializeToString())
-        return path
+        size = (self._folder / _NAME).stat().st_size
+        return create_session(path, providers=providers, threads=threads, prepack=size <= _MOST_PREPACKED)

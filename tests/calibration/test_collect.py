@@ -6,6 +6,7 @@ import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,14 +15,15 @@ import pytest
 import torch
 from onnx import parser
 
-from onnx_kfe.calibration import Head, Statistics, _patches, collect, merge, open_dataset, sample_noise
+from onnx_kfe.calibration import Head, Statistics, _patches, _weight_file, collect, merge, open_dataset, sample_noise
 from onnx_kfe.calibration import input_specs as specs_of
 from onnx_kfe.calibration._instrument import Instrumented, Probe
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Network, open_network, serialize
+from onnx_kfe.graph import Network, _io, open_network, serialize
 from onnx_kfe.kfe import predicted_loss
 from onnx_kfe.runtime import create_session
 from tests.cases import INPUT, load_case
+from tools.bench_memory import encoder
 from tools.torch_oracle import Noise, Output, TorchOracle, relative_error
 
 TOLERANCE = 1e-4
@@ -209,6 +211,33 @@ def test_several_passes_give_exactly_what_one_does(name: str, monkeypatch: pytes
             np.testing.assert_array_equal(getattr(seen, key), getattr(expected, key), err_msg=f"{layer}: {key}")
         assert (seen.positions, seen.samples) == (expected.positions, expected.samples)
         assert seen.coherence == expected.coherence
+
+
+def test_models_that_no_protobuf_holds_are_collected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    encoder(tmp_path / "encoder.onnx", layers=1, width=160, inner=320, heads=4, vocabulary=10, tokens=6)
+    feeds = {"tokens": np.random.default_rng(0).integers(0, 10, (8, 6))}
+    expected = collected(open_network(tmp_path / "encoder.onnx"), feeds)
+    assert not expected.skipped
+
+    monkeypatch.setattr(_io, "_PROTOBUF_LIMIT", 2**18)
+    monkeypatch.setattr(_weight_file, "_MOST_PREPACKED", 2**18)
+    prepacked: list[bool] = []
+
+    def create(model: Path, *, prepack: bool, **options: Any) -> Any:
+        assert model.stat().st_size < model.with_name("weights").stat().st_size / 2
+        prepacked.append(prepack)
+        return create_session(model, prepack=prepack, **options)
+
+    monkeypatch.setattr(_weight_file, "create_session", create)
+    network = open_network(tmp_path / "encoder.onnx")
+    with pytest.raises(KfeError, match="over 2 GiB"):
+        serialize(network.model)
+    found = collected(network, feeds)
+    assert prepacked == [False, False]  # forward, and forward with backward
+    assert set(found.layers) == set(expected.layers)
+    for name, seen in found.layers.items():
+        assert relative_error(seen.input_factor, expected.layers[name].input_factor) < 1e-5
+        assert relative_error(seen.output_factor, expected.layers[name].output_factor) < 1e-5
 
 
 def test_a_seed_fixes_everything():
