@@ -38,7 +38,7 @@ _SYNTHETIC_SAMPLES = 16
 
 
 class Recovery(NamedTuple):
-    """Whether to refit, in how much memory (bytes of activations), going on from which folder."""
+    """Whether to refit, in how much memory (bytes of activations; of sums as well), going on from which folder."""
 
     refit: bool
     memory: int
@@ -132,7 +132,8 @@ class Pruning:
         """Collect statistics where none were given and there are samples."""
         if self.statistics is None and self.samples.measured is not None:
             self.statistics = collect(
-                self.network, self.samples.measured, self.heads, self.loss, self.seed, (0, 1), self.machine,
+                self.network, self.samples.measured, self.heads, self.loss, self.seed, (0, 1), self.recovery.memory,
+                self.machine,
                 self.progress, self.recipe.curvature,
             )  # fmt: skip
         if self.statistics is None:
@@ -198,7 +199,8 @@ class Pruning:
         def collected(network: Network) -> Statistics:
             quiet = StagesOnly(self.progress)
             return collect(
-                network, samples, self.heads, self.loss, self.seed, (0, 1), self.machine, quiet, self.recipe.curvature
+                network, samples, self.heads, self.loss, self.seed, (0, 1), self.recovery.memory, self.machine, quiet,
+                self.recipe.curvature,
             )  # fmt: skip
 
         course, epochs, count = self._course(), self.recipe.epochs, self.recipe.rounds
@@ -299,6 +301,7 @@ def collect(
     loss: Loss | None,
     seed: int,
     shard: tuple[int, int],
+    memory: int,
     machine: Machine,
     progress: Progress,
     curvature: str = "kfac",
@@ -319,7 +322,8 @@ def collect(
         raise KfeError(f"{dataset.describe()}: no samples to collect statistics on")
     with progress.stage("collecting", dataset.count()) as advance:
         statistics = calibration.collect(
-            network, dataset, heads=heads, loss=loss, seed=seed, shard=shard, providers=machine.providers,
+            network, dataset, heads=heads, loss=loss, seed=seed, shard=shard, memory=memory,
+            providers=machine.providers,
             threads=machine.threads, progress=advance,
         )  # fmt: skip
     if curvature == "kfac":

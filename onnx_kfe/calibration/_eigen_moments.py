@@ -21,6 +21,7 @@ from onnx_kfe.calibration._loss import Loss
 from onnx_kfe.calibration._passes import ACTIVATION_BUDGET, Progress, batch_size, blocks, data_specs, run_pass
 from onnx_kfe.calibration._patches import channel_major
 from onnx_kfe.calibration._statistics import Statistics
+from onnx_kfe.calibration._weight_file import WeightFile
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Layer, Network
 from onnx_kfe.kfe import EigenMoments, eigen_bases
@@ -61,18 +62,21 @@ def collect_eigen_moments(
         raise KfeError("second moments in the eigenbases need the whole statistics: merge the shards first")
     statistics.check_loss(loss.fingerprint if loss is not None else None)
     copy = differentiable_copy(network.model)
-    forward = Forward(copy, statistics.heads, providers=providers, threads=threads)
+    weights = WeightFile(copy)
+    forward = Forward(copy, statistics.heads, weights, providers=providers, threads=threads)
     known = [layer for layer in network.prunable if layer.name in statistics.layers]
     if not (layers := [layer for layer in known if not layer.transposed]):
         return statistics
     specs, size = data_specs(network.model, loss), _batch_size(network, statistics, layers)
     bases = {layer.name: _bases(layer, statistics.layers[layer.name]) for layer in layers}
     model, outputs = _instrument(copy, layers, statistics, bases, loss)
+    weights = WeightFile(model)  # those of the backward pass and the bases as well
+    session = weights.session(model, providers=providers, threads=threads)
+    names, numbered = list(outputs.values()), blocks(data, size, specs)
     samples = 0
     for done, results in run_pass(
-        model, list(outputs.values()), blocks(data, size, specs), forward, statistics.heads, statistics.seed,
-        loss=loss, providers=providers, threads=threads, progress=progress,
-    ):  # fmt: skip
+        session, names, numbered, forward, statistics.heads, statistics.seed, loss=loss, progress=progress
+    ):
         for layer in layers:
             order = channel_major(_geometry(layer))
             sums = bases[layer.name].second_moment
@@ -112,7 +116,7 @@ def _instrument(
     statistics: Statistics,
     bases: Mapping[str, EigenMoments],
     loss: Loss | None,
-) -> tuple[bytes, dict[str, str]]:
+) -> tuple[ir.Model, dict[str, str]]:
     """The model that computes a batch's sums, and the names of its outputs by layer name."""
     whole = differentiate(model, layers, statistics.heads, loss)
     outputs: dict[str, ir.Value] = {}
@@ -121,7 +125,7 @@ def _instrument(
         outputs[layer.name] = emit_squared_gradients(
             whole.emit, layer, x, y, cotangent, own.input_basis, own.output_basis, mean
         )
-    return whole.serialized(list(outputs.values())), {name: value.name or "" for name, value in outputs.items()}
+    return whole.with_outputs(list(outputs.values())), {name: value.name or "" for name, value in outputs.items()}
 
 
 def _geometry(layer: Layer) -> Geometry:
