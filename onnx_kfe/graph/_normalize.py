@@ -22,9 +22,11 @@ __all__ = ["normalize"]
 
 logger = logging.getLogger(__name__)
 
-# Fusing a projection's Add into a batched Gemm wraps it in two Reshapes; merging Q, K and V hides the layers that the
-# user knows; sharing equal initializers would tie layers together that only happen to start alike.
-_SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv", "eliminate_duplicate_initializer"]
+# Fusing a projection's Add into a batched Gemm wraps it in two Reshapes; merging Q, K and V, or all of attention, hides
+# the layers that the user knows; sharing equal initializers would tie layers together that only happen to start alike.
+_SKIPPED_OPTIMIZERS = [
+    "fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv", "fuse_attention", "eliminate_duplicate_initializer"
+]  # fmt: skip
 _FOLDING_LIMIT = 2**28  # bytes of a constant, transposed weights among them
 
 
