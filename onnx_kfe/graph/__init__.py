@@ -23,7 +23,16 @@ from onnx_kfe.graph._layers import (
 from onnx_kfe.graph._network import Network, open_network
 from onnx_kfe.graph._normalize import normalize
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
-from onnx_kfe.graph.groups import ChannelGroup, ChannelGroups, LayerCut, Member, find_groups
+from onnx_kfe.graph.groups import (
+    ChannelGroup,
+    ChannelGroups,
+    LayerCut,
+    Member,
+    Product,
+    Products,
+    find_groups,
+    find_products,
+)
 
 __all__ = [
     "Branch",
@@ -36,6 +45,8 @@ __all__ = [
     "Member",
     "ModelSource",
     "Network",
+    "Product",
+    "Products",
     "check_output",
     "concrete_shapes",
     "count_macs",
@@ -44,6 +55,7 @@ __all__ = [
     "find_groups",
     "find_junction",
     "find_layers",
+    "find_products",
     "fingerprint",
     "initializer_array",
     "load",
