@@ -26,7 +26,7 @@ from onnx_kfe.graph import ModelSource, Network
 from onnx_kfe.planning import Budget, Latency, Macs, Plan, Planner
 from onnx_kfe.progress import Progress, StagesOnly
 from onnx_kfe.result import Result
-from onnx_kfe.rewrite import Chain, Narrowed, add_losses, narrow, solve_plan, write_chains
+from onnx_kfe.rewrite import Chain, Narrowed, add_losses, narrow, rotate, solve_plan, write_chains
 
 __all__ = ["DEFAULT_BUDGET", "Pruning", "Recovery", "Samples", "at_seen_shapes", "check_loss", "collect", "divide"]
 
@@ -226,9 +226,12 @@ class Pruning:
         """The model of which a schedule decides what goes, a plan how much."""
         assert self.statistics is not None
         assert self.recipe.schedule is not None
+        network, statistics = self.network, self.statistics
+        if plan.rotates:
+            network, statistics = rotate(network, statistics)
         course = self._course()
         model, plan = course.pruned(
-            self.network, self.statistics, plan, self.recipe.method.form, self.recipe.schedule, self.recipe.epochs
+            network, statistics, plan, self.recipe.method.form, self.recipe.schedule, self.recipe.epochs
         )  # fmt: skip
         course.done()
         return Result(self.network, model, plan, {}, self.statistics, source=self.source, laps=laps)
