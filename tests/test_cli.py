@@ -217,6 +217,19 @@ def test_variances_in_the_eigenbases_are_of_all_the_data(cli: Cli, folder: Path)
     assert "collect without --shard" in outcome.err
 
 
+def test_little_memory_gives_the_same_statistics(cli: Cli, folder: Path) -> None:
+    for name, memory in (("whole", "1GB"), ("divided", "1KB")):
+        done(cli("collect", "net.onnx", "--data", "data.npz", "--memory", memory, "--threads", 1, "-o", name))
+    whole, divided = (Statistics.load(folder / name).layers for name in ("whole", "divided"))
+    assert list(whole) == list(divided)
+    for name, layer in whole.items():
+        assert np.array_equal(layer.input_second_moment, divided[name].input_second_moment)
+        assert np.array_equal(layer.cotangent_second_moment, divided[name].cotangent_second_moment)
+    outcome = cli("collect", "net.onnx", "--data", "data.npz", "--memory", "much", "-o", "stats")
+    assert outcome.code == 2
+    assert "write a size such as 4GB" in outcome.err
+
+
 def test_shards_merge_plan_edit_prune(cli: Cli, folder: Path) -> None:
     for index in range(2):
         shard = ("--shard", f"{index}/2", "--max-samples", 130, "-o", f"s{index}")

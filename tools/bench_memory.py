@@ -30,7 +30,7 @@ from onnx_kfe.runtime import create_session, default_threads
 
 CLASSES = 32
 BATCH = 2  # of the forward pass; collection takes as many as its budget of activations allows
-TARGET = 8 * 2**30  # bytes, at 100 million parameters
+TARGET = 8e9  # bytes, at 100 million parameters
 
 
 def encoder(path: Path, layers: int, width: int, inner: int, heads: int, vocabulary: int, tokens: int) -> int:
@@ -137,13 +137,13 @@ def main() -> None:
         size = encoder(
             path, given.layers, given.width, given.inner, given.heads, given.vocabulary, given.tokens
         )  # fmt: skip
-        print(f"{size / 1e6:.1f} million parameters, {given.sentences} sentences, target {TARGET / 2**30:.0f} GiB")
+        print(f"{size / 1e6:.1f} million parameters, {given.sentences} sentences, target {TARGET / 1e9:.0f} GB")
         seconds = {}
         for task in (forward, collect):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 found = pool.submit(task, path, sentences, given.threads, parse_bytes(given.memory)).result()
             seconds[task], peak = found
-            print(f"{task.__name__:<10}{seconds[task]:>9.1f} CPU s{peak / 2**30:>9.2f} GiB at its peak", flush=True)
+            print(f"{task.__name__:<10}{seconds[task]:>9.1f} CPU s{peak / 1e9:>9.2f} GB at its peak", flush=True)
     print(f"collect / forward {seconds[collect] / seconds[forward]:.2f}")
 
 

@@ -21,7 +21,7 @@ __all__ = ["WeightFile"]
 
 _SMALL = 2**16  # bytes of weights that stay in the model
 _ALIGNMENT = 2**16  # of the others in the file: what any system maps at
-_MOST_PREPACKED = 2**30  # bytes of weights of which sessions keep copies in an order of their own, to be faster
+_MOST_PREPACKED = 2**28  # bytes of weights of which sessions keep copies in an order of their own, to be faster
 _NAME = "weights"
 
 
