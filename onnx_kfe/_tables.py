@@ -17,7 +17,7 @@ from onnx_kfe._frontier import Point
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.console import print_line, print_renderable
 from onnx_kfe.evaluation import HeadQuality, Quality, Rate, Score, Timing
-from onnx_kfe.graph import ChannelGroup, Geometry, Layer, Network, find_embeddings
+from onnx_kfe.graph import ChannelGroup, Geometry, Layer, Network, Products, find_embeddings
 from onnx_kfe.planning import Plan, meets, network_cost
 from onnx_kfe.result import Result
 
@@ -75,21 +75,25 @@ def layer_rows(network: Network) -> list[dict[str, Any]]:
     ]
 
 
-def show_groups(groups: Sequence[ChannelGroup]) -> None:
-    """The table of `inspect --groups`."""
+def show_groups(groups: Sequence[ChannelGroup], products: Products) -> None:
+    """The table of `inspect --groups`, and which of them are heads that rotate."""
     table = _table("group", ">channels", "computed by", "read by")
     for group in groups:
         if group.prunable:
             table.add_row(group.name, str(group.size), *(_named(_layers(group, side)) for side in ("rows", "columns")))
     print_renderable(table)
     _print_skipped({group.name: group.reason for group in groups if group.reason is not None}, "cannot be pruned")
+    _print_skipped(products.declined, "heads that cannot be rotated")
+    if rotated := {product.group for product in products.found}:
+        print_line(f"{len(rotated)} of {len(groups)} groups are rotated head by head before channels go")
     prunable = [group.size for group in groups if group.prunable]
     total = sum(group.size for group in groups)
     print_line(f"{len(prunable)} of {len(groups)} groups can be pruned: {sum(prunable)} of {total} channels")
 
 
-def group_rows(groups: Sequence[ChannelGroup]) -> list[dict[str, Any]]:
+def group_rows(groups: Sequence[ChannelGroup], products: Products) -> list[dict[str, Any]]:
     """What `inspect --groups` knows of the channel groups, as plain values."""
+    rotated = {product.group for product in products.found}
     return [
         {
             "name": group.name,
@@ -98,6 +102,8 @@ def group_rows(groups: Sequence[ChannelGroup]) -> list[dict[str, Any]]:
             "read_by": _layers(group, "columns"),
             "prunable": group.prunable,
             "reason": group.reason,
+            "rotated": group.name in rotated,
+            "not_rotated": products.declined.get(group.name),
         }
         for group in groups
     ]

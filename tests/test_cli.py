@@ -22,6 +22,7 @@ from onnx_kfe.graph import count_macs, load
 from onnx_kfe.planning import METHODS, Latency, Macs, Milliseconds, Params
 from onnx_kfe.planning._stopwatch import Refusal
 from tests.conftest import Outcome
+from tests.graph.groups.test_products import DECLINED, attention
 from tests.networks import CHANNELS, CLASSES, classifier, samples
 from tests.planning.clocks import Clock, work
 from tests.tiny import run
@@ -77,6 +78,18 @@ def test_inspect_groups(cli: Cli, folder: Path) -> None:
         ("conv1", 16, ["conv1"], ["conv2"], None),
         ("conv2", 16, ["conv2"], ["fc"], None),
         ("fc", 5, ["fc"], [], "graph output 'logits'"),
+    ]
+
+
+def test_inspect_heads(cli: Cli, tmp_path: Path) -> None:
+    onnx.save(attention(DECLINED["rotary"][0]), tmp_path / "heads.onnx")
+    shown = done(cli("inspect", tmp_path / "heads.onnx", "--groups"))
+    assert "heads that cannot be rotated: 1 x Mul 'Mul12' tells its channels apart" in " ".join(shown.split())
+    assert "1 of 3 groups are rotated head by head before channels go" in " ".join(shown.split())
+    rows = from_json(cli("inspect", tmp_path / "heads.onnx", "--groups", "--json"))
+    assert [(row["name"], row["rotated"], row["not_rotated"]) for row in rows if row["prunable"]] == [
+        ("MatMul0", False, "Mul 'Mul12' tells its channels apart"),
+        ("MatMul8", True, None),
     ]
 
 

@@ -14,7 +14,7 @@ from onnx_kfe._frontier import check_plot, save_frontier
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.cli._app import command
 from onnx_kfe.errors import UsageError
-from onnx_kfe.graph import check_output, find_groups
+from onnx_kfe.graph import check_output, find_groups, find_products
 
 __all__: list[str] = []
 
@@ -32,11 +32,12 @@ def inspect(
     """List the layers: geometry, MACs, parameters, and why those that cannot be pruned cannot."""
     network = selection.open(model)
     if groups:
-        found = find_groups(network).groups
+        found = find_groups(network)
+        products = find_products(network, found)
         if json:
-            console.print_json(_tables.group_rows(found))
+            console.print_json(_tables.group_rows(found.groups, products))
         else:
-            _tables.show_groups(found)
+            _tables.show_groups(found.groups, products)
     elif json:
         console.print_json(_tables.layer_rows(network))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -162,3 +163,35 @@ def test_a_bias_that_layers_share_becomes_one_of_each() -> None:
     biases = [array for array in constants if array.shape == (15,)]
     assert len({array.tobytes() for array in biases}) == len(biases) == 3
     assert not any(np.allclose(array, weights(15)) for array in biases)
+
+
+def test_plans_say_whether_heads_were_rotated(tmp_path: Path) -> None:
+    network = open_network(attention())
+    feeds = feeds_of(ir.to_proto(network.model), 64)
+    statistics = kfe.collect(network, feeds, threads=1)
+    plan = kfe.plan(network, statistics, kfe.Macs(0.6), method="channels", round_to=1)
+    assert plan.rotates
+    assert {"MatMul0", "MatMul8"} <= set(plan.channels)
+    assert not kfe.plan(network, statistics, kfe.Macs(0.6), method="kron-obs", round_to=1).rotates
+    both = kfe.plan(network, statistics, kfe.Macs(0.5), channels=0.8, round_to=1)
+    assert both.rotates
+    plan.save(tmp_path / "plan.json")
+    wanted = kfe.prune(network, statistics, plan, measure=False).ir_model
+    found = kfe.prune(network, statistics, Plan.load(tmp_path / "plan.json", network), measure=False).ir_model
+    outputs = [run(model, feeds)["Add20"] for model in (wanted, found, network.model)]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert np.abs(outputs[0] - outputs[2]).max() > 1e-3
+
+
+def test_it_is_refitted_towards_the_rotated_model() -> None:
+    network = open_network(attention())
+    feeds, unseen = (feeds_of(ir.to_proto(network.model), batch) for batch in (256, 64))
+    statistics = kfe.collect(network, feeds, threads=1)
+    plan = kfe.plan(network, statistics, kfe.Macs(0.6), method="channels", round_to=1)
+    data = {"data": feeds, "plan": plan, "statistics": statistics, "evaluation_data": unseen, "measure": False}
+    wanted = run(network.model, unseen)["Add20"]
+    once, refitted = (
+        np.square(run(kfe.prune(network, **data, refit=refit).ir_model, unseen)["Add20"] - wanted).mean()
+        for refit in (False, True)
+    )
+    assert 1e-6 * wanted.var() < refitted < once < 0.1 * wanted.var()
