@@ -295,7 +295,7 @@ def test_prune_shows_what_it_cost(cli: Cli, folder: Path) -> None:
 def test_finetune_shows_what_it_brought(cli: Cli, folder: Path) -> None:
     done(cli("prune", "net.onnx", "--data", "data.npz", "--macs", 0.4, "--no-refit", "-o", "small.onnx"))
     command = ("finetune", "small.onnx", "--teacher", "net.onnx", "--data", "data.npz", "--evaluation", "test.npz")
-    options = ("--epochs", 4, "--batch", 16, "--learning-rate", 0.01, "--device", "cpu", "--threads", 1)
+    options = ("--epochs", 4, "--batch", 16, "--learning-rate", 0.003, "--device", "cpu", "--threads", 1)
     outcome = cli(*command, *options, "-o", "tuned.onnx")
     shown = done(outcome)
     assert re.search(r"^quality, 40 given samples +teacher +before +after +95 % interval", shown, re.MULTILINE)
