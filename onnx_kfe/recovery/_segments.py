@@ -36,7 +36,7 @@ class Frontier:
         self.graph = graph
         self._prefix = prefix
         self._known = {value.name for value in graph.inputs if not value.is_initializer()}
-        self._relevant = {output.name for node in ancestors(wanted) for output in node.outputs}
+        self._wanted = {value.name for value in wanted}
 
     def value(self, name: str) -> ir.Value:
         """The value of that name, as the graph is now."""
@@ -63,12 +63,10 @@ class Frontier:
         self._known |= {output.name for node in nodes if any(node.inputs) for output in node.outputs}
 
     def needed(self) -> set[str]:
-        """Joint names of the known values that nodes to be evaluated read."""
-        values = [*self.graph.inputs, *(output for node in self.graph for output in node.outputs)]
-        return {self.joint_name(v) for v in values if v.name in self._known and any(map(self._is_ahead, v.consumers()))}
-
-    def _is_ahead(self, node: ir.Node) -> bool:
-        return any(output.name in self._relevant and output.name not in self._known for output in node.outputs)
+        """Joint names of the known values that nodes to be evaluated read, as the graph is now."""
+        wanted = [output for node in self.graph for output in node.outputs if output.name in self._wanted]
+        read = (value for node in ancestors(wanted, self._known) for value in node.inputs if value is not None)
+        return {self.joint_name(value) for value in read if value.name in self._known}
 
 
 def join(
