@@ -62,7 +62,12 @@ def collect(
     forward = Forward(copy, detect_heads(copy.graph, heads), providers=providers, threads=threads)
     scaled = forward.scaled_heads(itertools.islice(blocks(data, size, specs), -(-_SCALE_SAMPLES // size)))
     instrumented = instrument(copy, network.prunable, scaled)
-    sums = {probe.layer.name: _Sums(probe) for probe in instrumented.probes}
+    probes = {probe.layer.name: probe for probe in instrumented.probes}
+    sums = {
+        layer.name: _Sums(*(probes[use.name] for use in layer.uses))
+        for layer in network.prunable
+        if layer.name in probes
+    }
     names = [name for probe in instrumented.probes for name in probe.outputs]
     samples = 0
     for done, results in run_pass(
@@ -81,15 +86,16 @@ def collect(
 
 
 class _Sums:
-    """Sums of one layer over batches, each scaled from the positions on its grid to all positions.
+    """Sums of one layer over batches and nodes, each scaled from the positions on its grid to all positions.
 
-    Patches stay in the order of the graph, tap-major, until the end: the permutation costs more than the addition.
+    To the factors, positions of other nodes with the same weight are further positions. Patches stay in the
+    order of the graph, tap-major, until the end: the permutation costs more than the addition.
     """
 
-    def __init__(self, probe: Probe) -> None:
-        geometry = probe.layer.geometry
+    def __init__(self, *probes: Probe) -> None:
+        geometry = probes[0].layer.geometry
         assert geometry is not None
-        self._probe, self._geometry = probe, geometry
+        self._probes, self._geometry = probes, geometry
         self._patch, self._out = geometry.patch_size, geometry.out_channels // geometry.groups
         self._inputs = np.zeros((geometry.groups, self._patch, self._patch))
         self._total = np.zeros((geometry.groups, self._patch))
@@ -101,9 +107,22 @@ class _Sums:
 
     def add(self, results: Mapping[str, np.ndarray], samples: int) -> None:
         """Add a batch of outputs of the instrumented graph."""
-        probe, geometry = self._probe, self._geometry
-        positions = results[probe.output_size].item() / geometry.out_channels
         self._samples += samples
+        for probe in self._probes:
+            self._add(probe, results)
+        self._saliency += np.square(self._gate_gradients(results)).sum(0)
+        # Squares on the diagonal cannot cancel, so it shows whatever is not finite.
+        for sums, what in ((self._inputs, "input"), (self._cotangents, "gradient")):
+            if not np.isfinite(np.einsum("gii->gi", sums)).all():
+                raise KfeError(
+                    f"layer '{self._probes[0].layer.name}': NaN or infinity in its {what}; "
+                    "check the calibration data, or --exclude the layer"
+                )
+
+    def _add(self, probe: Probe, results: Mapping[str, np.ndarray]) -> None:
+        """Add what a node saw of a batch."""
+        geometry = self._geometry
+        positions = results[probe.output_size].item() / geometry.out_channels
         if not positions:  # padding throughout
             return
         taken = results[probe.input_size].item() / (self._patch * geometry.groups)
@@ -112,16 +131,13 @@ class _Sums:
         _add_scaled(self._total, results[probe.input_sum], positions / taken)
         _add_scaled(self._cotangents, results[probe.cotangent_second_moment], positions / taken_cotangents)
         self._positions += positions
-        self._common += self._position_means(results)
-        gates = results[probe.gate_gradients].reshape(-1, *self._saliency.shape)
-        self._saliency += np.square(gates, dtype=np.float64).sum(0)
-        # Squares on the diagonal cannot cancel, so it shows whatever is not finite.
-        for sums, what in ((self._inputs, "input"), (self._cotangents, "gradient")):
-            if not np.isfinite(np.einsum("gii->gi", sums)).all():
-                raise KfeError(
-                    f"layer '{probe.layer.name}': NaN or infinity in its {what}; "
-                    "check the calibration data, or --exclude the layer"
-                )
+        self._common += _position_means(probe, results)
+
+    def _gate_gradients(self, results: Mapping[str, np.ndarray]) -> np.ndarray:
+        """``[samples, groups, o]``, summed over nodes; one behind the other where these divide samples differently."""
+        shape = (-1, *self._saliency.shape)
+        parts = [results[probe.gate_gradients].reshape(shape).astype(np.float64) for probe in self._probes]
+        return np.sum(parts, axis=0) if len(set(map(len, parts))) == 1 else np.concatenate(parts)
 
     def statistics(self) -> LayerStatistics:
         """The sums with patches in channel-major order."""
@@ -131,13 +147,13 @@ class _Sums:
             self._positions, self._samples, self._common, self._saliency,
         )  # fmt: skip
 
-    def _position_means(self, results: Mapping[str, np.ndarray]) -> PositionMeans:
-        probe = self._probe
-        inputs, cotangents = (
-            results[name].reshape(-1, results[name].shape[-1]).astype(np.float64)
-            for name in (probe.input_means, probe.cotangent_means)
-        )
-        return PositionMeans(len(inputs), inputs.sum(0), np.square(inputs).sum(), np.square(cotangents).sum())
+
+def _position_means(probe: Probe, results: Mapping[str, np.ndarray]) -> PositionMeans:
+    inputs, cotangents = (
+        results[name].reshape(-1, results[name].shape[-1]).astype(np.float64)
+        for name in (probe.input_means, probe.cotangent_means)
+    )
+    return PositionMeans(len(inputs), inputs.sum(0), np.square(inputs).sum(), np.square(cotangents).sum())
 
 
 def _add_scaled(sums: np.ndarray, added: np.ndarray, scale: float) -> None:

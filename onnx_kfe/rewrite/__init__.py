@@ -1,7 +1,15 @@
 """Rewriting: plan in, smaller graph out."""
 
 from onnx_kfe.rewrite._absorb import AbsorbPass
-from onnx_kfe.rewrite._apply import add_losses, apply_plan, removed_chain, sketch_plan, solve_plan, write_chains
+from onnx_kfe.rewrite._apply import (
+    add_losses,
+    apply_plan,
+    removed_chain,
+    sketch_plan,
+    solve_plan,
+    solved_chain,
+    write_chains,
+)
 from onnx_kfe.rewrite._channels import ChannelPass
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
 from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
@@ -27,5 +35,6 @@ __all__ = [
     "removed_chain",
     "sketch_plan",
     "solve_plan",
+    "solved_chain",
     "write_chains",
 ]

@@ -21,7 +21,7 @@ from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
 from onnx_kfe.rewrite._narrow import narrow
 from onnx_kfe.rewrite._remove import RemovePass
 
-__all__ = ["add_losses", "apply_plan", "removed_chain", "sketch_plan", "solve_plan", "write_chains"]
+__all__ = ["add_losses", "apply_plan", "removed_chain", "sketch_plan", "solve_plan", "solved_chain", "write_chains"]
 
 
 def apply_plan(
@@ -77,14 +77,18 @@ def solve_plan(
             chains[name] = removed_chain(problem)
             losses[name] = removal_loss(problem)
         else:
-            form = FORMS[choice.form]
-            stages = form.stages(problem, choice.ranks)
-            approximation = compose(stages)
-            bias = problem.bias(approximation if form.moves_bias else problem.weight)
-            chains[name] = Chain(layers[name], choice.form, stages, bias)
-            losses[name] = problem.loss(approximation)
+            chains[name] = solved_chain(problem, choice)
+            losses[name] = problem.loss(compose(chains[name].stages))
         progress(name)
     return chains, losses
+
+
+def solved_chain(problem: LayerProblem, choice: Candidate) -> Chain:
+    """A layer in the form and ranks of a candidate, the bias making up for the mean."""
+    form = FORMS[choice.form]
+    stages = form.stages(problem, choice.ranks)
+    bias = problem.bias(compose(stages) if form.moves_bias else problem.weight)
+    return Chain(problem.layer, choice.form, stages, bias)
 
 
 def removed_chain(problem: LayerProblem) -> Chain:
@@ -108,6 +112,8 @@ def write_chains(network: Network, plan: Plan, statistics: Statistics | None, ch
     removed = {name: chain.bias for name, chain in chains.items() if chain.form == REMOVED}
     chains = {name: chain for name, chain in chains.items() if name not in removed}
     model = FactorizePass(chains)(RemovePass(removed)(model).model).model
+    # what is around a node is no part of a weight that it shares
+    chains = {name: chain for name, chain in chains.items() if not chain.layer.twins}
     model = _merged(model, chains)
     model.metadata_props["onnx_kfe"] = _provenance(network, plan, statistics)
     model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
