@@ -22,6 +22,7 @@ from onnx_kfe.rewrite import apply_plan, write_chains
 from onnx_kfe.runtime import create_session
 from tests.cases import INPUT, load_case
 from tests.networks import mixer
+from tests.tied import pyramid, samples, siamese, stacked
 from tests.tiny import node, tiny, weights
 
 SAMPLES = 192
@@ -331,3 +332,52 @@ def test_a_product_behind_a_branch_that_is_cut_makes_up_for_it():
     (found,) = outputs(serialize(write_chains(network, plan, statistics, chains)), {"x": x})
     (once,) = outputs(serialize(apply_plan(network, plan, statistics)[0]), {"x": x})
     assert np.square(found - wanted).sum() < 0.01 * np.square(once - wanted).sum()
+
+
+@pytest.mark.parametrize("make", [pyramid, siamese, stacked])
+def test_nodes_that_share_a_weight_are_solved_as_one(make):
+    """Nearer to the original than without a refit, on other samples too; what feeds itself is as without."""
+    model = make()
+    network, feeds, unseen = open_network(model), samples(model, SAMPLES), samples(model, SAMPLES, seed=1)
+    statistics = kfe.collect(network, feeds)
+    plan = kfe.plan(network, statistics, kfe.Macs(0.5), round_to=1)
+    assert any(layer.twins and layer.name in plan.changed for layer in network.prunable)
+    before, _ = apply_plan(network, plan, statistics)
+    after = write_chains(network, plan, statistics, refit(network, plan, statistics, dataset(network, feeds)))
+    wanted = outputs(serialize(network.original), unseen)[0]
+    errors = [np.square(outputs(serialize(each), unseen)[0] - wanted).mean() for each in (before, after)]
+    assert errors[1] < (0.5 if make is pyramid else 1.0) * errors[0]
+    assert kfe.graph.count_parameters(after) <= 1.05 * kfe.graph.count_parameters(before)
+
+
+@pytest.mark.parametrize("make", [pyramid, siamese, stacked])
+def test_where_nothing_changes_shared_weights_do_not_either(make):
+    model = make()
+    network, feeds = open_network(model), samples(model, SAMPLES)
+    plan = dense_plan(network)
+    statistics = kfe.collect(network, feeds)
+    same = write_chains(network, plan, statistics, refit(network, plan, statistics, dataset(network, feeds)))
+    wanted, found = (outputs(serialize(each), feeds)[0] for each in (network.original, same))
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
+
+
+def test_what_is_read_later_is_kept_behind_chains_of_several_nodes():
+    """Two branches that are solved in turns: each chain is run when its branch goes on."""
+    kinds = (("Conv", "x", "a", "h"), ("Relu", "h", "", "r"), ("Conv", "r", "b", "g"))
+    nodes, arrays = [], {}
+    for op_type, read, weight, written in kinds:
+        for n in range(2):
+            constants = [f"{weight}{n}"] if weight else []
+            padded = {"pads": [1] * 4} if weight else {}
+            nodes.append(
+                node(op_type, [read if read == "x" else f"{read}{n}", *constants], [f"{written}{n}"], **padded)
+            )
+            arrays |= {name: weights(8, 4 if weight == "a" else 8, 3, 3, seed=len(arrays)) for name in constants}
+    nodes.append(node("Add", ["g0", "g1"], ["y"]))
+    network = open_network(tiny(nodes, {"x": ["n", 4, 6, 6]}, {"y": ["n", 8, 6, 6]}, arrays))
+    feeds = {"x": weights(32, 4, 6, 6)}
+    statistics = kfe.collect(network, feeds)
+    plan = kfe.plan(network, statistics, kfe.Macs(0.5), round_to=1)
+    chains = refit(network, plan, statistics, dataset(network, feeds))
+    assert {"Conv_h1", "Conv_g1"} <= set(plan.changed)
+    assert len(chains) == 4
