@@ -108,8 +108,11 @@ class _Sums:
     def add(self, results: Mapping[str, np.ndarray], samples: int) -> None:
         """Add a batch of outputs of the instrumented graph."""
         self._samples += samples
-        for probe in self._probes:
-            self._add(probe, results)
+        positions = {p: results[p.output_size].item() / self._geometry.out_channels for p in self._probes}
+        seen = {probe: count for probe, count in positions.items() if count}  # the rest is padding throughout
+        rows = sum(len(results[probe.input_means]) for probe in seen)
+        for probe, count in seen.items():
+            self._add(probe, results, count, sum(seen.values()) / rows)
         self._saliency += np.square(self._gate_gradients(results)).sum(0)
         # Squares on the diagonal cannot cancel, so it shows whatever is not finite.
         for sums, what in ((self._inputs, "input"), (self._cotangents, "gradient")):
@@ -119,19 +122,16 @@ class _Sums:
                     "check the calibration data, or --exclude the layer"
                 )
 
-    def _add(self, probe: Probe, results: Mapping[str, np.ndarray]) -> None:
-        """Add what a node saw of a batch."""
+    def _add(self, probe: Probe, results: Mapping[str, np.ndarray], positions: float, usual: float) -> None:
+        """Add what a node saw of a batch, at its positions; `usual` is how many of all nodes there are a row."""
         geometry = self._geometry
-        positions = results[probe.output_size].item() / geometry.out_channels
-        if not positions:  # padding throughout
-            return
         taken = results[probe.input_size].item() / (self._patch * geometry.groups)
         taken_cotangents = results[probe.cotangent_size].item() / geometry.out_channels
         _add_scaled(self._inputs, results[probe.input_second_moment], positions / taken)
         _add_scaled(self._total, results[probe.input_sum], positions / taken)
         _add_scaled(self._cotangents, results[probe.cotangent_second_moment], positions / taken_cotangents)
         self._positions += positions
-        self._common += _position_means(probe, results)
+        self._common += _position_means(probe, results, positions, usual)
 
     def _gate_gradients(self, results: Mapping[str, np.ndarray]) -> np.ndarray:
         """``[samples, groups, o]``, summed over nodes; one behind the other where these divide samples differently."""
@@ -148,12 +148,15 @@ class _Sums:
         )  # fmt: skip
 
 
-def _position_means(probe: Probe, results: Mapping[str, np.ndarray]) -> PositionMeans:
+def _position_means(probe: Probe, results: Mapping[str, np.ndarray], positions: float, usual: float) -> PositionMeans:
+    """The cotangent at nodes with more positions than usual adds up to more."""
     inputs, cotangents = (
         results[name].reshape(-1, results[name].shape[-1]).astype(np.float64)
         for name in (probe.input_means, probe.cotangent_means)
     )
-    return PositionMeans(len(inputs), inputs.sum(0), np.square(inputs).sum(), np.square(cotangents).sum())
+    share = positions / len(inputs) / usual
+    squares = np.square(inputs).sum(), np.square(share * cotangents).sum()
+    return PositionMeans(len(inputs), inputs.sum(0), *squares)
 
 
 def _add_scaled(sums: np.ndarray, added: np.ndarray, scale: float) -> None:
