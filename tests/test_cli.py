@@ -24,6 +24,7 @@ from onnx_kfe.planning._stopwatch import Refusal
 from tests.conftest import Outcome
 from tests.networks import CHANNELS, CLASSES, classifier, samples
 from tests.planning.clocks import Clock, work
+from tests.tied import siamese
 from tests.tiny import run
 
 pytestmark = pytest.mark.usefixtures("quick_benchmark")
@@ -78,6 +79,14 @@ def test_inspect_groups(cli: Cli, folder: Path) -> None:
         ("conv2", 16, ["conv2"], ["fc"], None),
         ("fc", 5, ["fc"], [], "graph output 'logits'"),
     ]
+
+
+def test_inspect_names_the_layer_that_a_node_is_pruned_with(cli: Cli, tmp_path: Path) -> None:
+    onnx.save(siamese(), tmp_path / "pair.onnx")
+    shown = done(cli("inspect", str(tmp_path / "pair.onnx")))
+    assert "with p/first" in shown
+    assert "cannot be pruned" not in shown
+    assert "3 of 3 layers can be pruned: 100%" in shown
 
 
 def test_inspect(cli: Cli, folder: Path) -> None:

@@ -16,7 +16,7 @@ from onnx_kfe.calibration import Dataset, batches, input_specs, open_dataset
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Network, find_branches, open_network, serialize
 from onnx_kfe.planning import DENSE, REMOVED, Candidate, Cost, Plan, dense_cost, network_cost
-from onnx_kfe.recovery import _lockstep, refit, refusal
+from onnx_kfe.recovery import _lockstep, refit, refusal, settled_layers
 from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.rewrite import apply_plan, write_chains
 from onnx_kfe.runtime import create_session
@@ -346,6 +346,7 @@ def test_nodes_that_share_a_weight_are_solved_as_one(make):
     after = write_chains(network, plan, statistics, refit(network, plan, statistics, dataset(network, feeds)))
     wanted = outputs(serialize(network.original), unseen)[0]
     errors = [np.square(outputs(serialize(each), unseen)[0] - wanted).mean() for each in (before, after)]
+    assert settled_layers(network, plan, statistics) == (["MatMul0", "MatMul3"] if make is stacked else [])
     assert errors[1] < (0.5 if make is pyramid else 1.0) * errors[0]
     assert kfe.graph.count_parameters(after) <= 1.05 * kfe.graph.count_parameters(before)
 
