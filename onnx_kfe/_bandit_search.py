@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from onnx_kfe import evaluation
+from onnx_kfe._headed import giving, head_specs
 from onnx_kfe._latency_goal import Stadium
-from onnx_kfe._measure import Machine, head_specs
+from onnx_kfe._measure import Machine
 from onnx_kfe.calibration import Batch, Dataset, Statistics, batches, fixed_batch, input_specs
 from onnx_kfe.errors import BudgetError, KfeError
 from onnx_kfe.graph import Network, serialize
@@ -102,7 +103,7 @@ class _Judge:
         if not self._batches:
             raise KfeError(f"{samples.describe()}: too few samples for a minibatch of {fixed_batch(specs)}")
         self._heads = head_specs(statistics.heads, scaled=True)
-        self._original = serialize(network.original)
+        self._original = serialize(giving(network.original, self._heads))
         self._chains: dict[tuple[str, Candidate], Chain] = {}
         self._price = self._price_of(budgets[0])
         self._stadium = Stadium(network, machine) if isinstance(budgets[0], Latency) else None
@@ -110,7 +111,8 @@ class _Judge:
     def cost(self, choices: Mapping[str, Candidate], number: int) -> float:
         """Loss on the minibatch of a round, and the price of what is spent."""
         plan = self._changed(choices)
-        model = serialize(write_chains(self._network, plan, self._statistics, self._solved(plan)))
+        smaller = write_chains(self._network, plan, self._statistics, self._solved(plan))
+        model = serialize(giving(smaller, self._heads))
         batch = self._batches[number % len(self._batches)]
         quality = evaluation.evaluate(
             model, [batch], reference=self._original, heads=self._heads,

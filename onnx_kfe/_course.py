@@ -27,7 +27,7 @@ __all__ = ["Course"]
 
 _HELD_BACK = 0.1
 _MOST_HELD_BACK = 512
-_TEMPERATURE = 2.0
+_TEMPERATURE = 4.0
 _STEEP = 3e-4  # learning rate for models that lose much at once: the usual one mends too little in as many steps
 
 

@@ -12,11 +12,12 @@ import onnx
 import onnx_ir as ir
 
 from onnx_kfe import calibration
-from onnx_kfe._measure import evaluate, head_specs, note_skipped
+from onnx_kfe._headed import head_specs, trainable
+from onnx_kfe._measure import evaluate, note_skipped
 from onnx_kfe.calibration import Dataset, DataSource, ImageOptions, input_specs, open_dataset
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.evaluation import HeadSpec, Quality
-from onnx_kfe.graph import ModelSource, check_output, load, open_network, save, source_name
+from onnx_kfe.graph import ModelSource, check_output, load, open_network, save, source_name, with_outputs
 from onnx_kfe.progress import Progress, StagesOnly
 from onnx_kfe.recovery import DEFAULT_MEMORY
 from onnx_kfe.recovery.training import (
@@ -26,7 +27,6 @@ from onnx_kfe.recovery.training import (
     image_input,
     learning_rate_of,
     to_torch,
-    with_outputs,
 )
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def finetune(
     optimizer: str = DEFAULT_OPTIMIZER,
     learning_rate: float | None = None,
     schedule: str = "one-cycle",
-    temperature: float = 2.0,
+    temperature: float = 4.0,
     intermediate: Sequence[str] = (),
     augment: bool | None = None,
     seed: int = 0,
@@ -185,7 +185,8 @@ def finetune(
     )  # fmt: skip
     if settings.augment and image_input(specs) is None:
         raise UsageError("--augment flips and shifts images [N, C, H, W], which are not what this model takes")
-    found = head_specs(calibration.find_heads(open_network(student if original is None else original), heads))
+    network = open_network(student if original is None else original)
+    found = head_specs(trainable(calibration.find_heads(network, heads)))
     _check_share(share, original is not None, found)
     shared: list[str] = []
     if intermediate:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import BudgetError, UsageError
-from onnx_kfe.evaluation import METRICS, RATES, Drop, Quality, default_metric, measured_drop
+from onnx_kfe.evaluation import Quality, default_metric, find_metric, measured_drop
 from onnx_kfe.graph import Network
 from onnx_kfe.planning import AnyPlanner, Attempt, Budget, Plan, meets, search
 from onnx_kfe.progress import Progress
@@ -76,8 +76,8 @@ def check_floor(
     Raises:
         UsageError: The argument at fault and what to do.
     """
-    if metric is not None and metric not in METRICS:
-        raise UsageError(f"--metric {metric}: it can be {', '.join(METRICS)}")
+    if metric is not None:
+        find_metric(metric)
     if max_drop is None:
         if metric is not None:
             raise UsageError("--metric says how the drop is measured: give --max-drop too")
@@ -99,7 +99,8 @@ class Judge:
         measure: Measures a model against the original on samples that neither statistics nor refit saw.
         original: The original, measured first: what does not fit is known before any long work.
         max_drop: The largest drop allowed.
-        metric: Key of `evaluation.METRICS`; None for the one that suits the model.
+        metric: Key of `evaluation.METRICS` or ``package.module:function``, which `measure` measures; None for the one
+            that suits the model.
         held_back: The fraction of the user's samples that `measure` has, 1 where these are samples of their own.
 
     Raises:
@@ -118,7 +119,10 @@ class Judge:
         self._measure, self._max_drop, self._metric = measure, max_drop, metric or default_metric(quality)
         measured_drop(quality, self._metric)
         self._samples = f"{quality.samples} {'held-back' if held_back < 1 else 'given'} samples"
-        if self._metric in RATES:
+        known = find_metric(self._metric)
+        if known.unit == "%" and max_drop >= 1:
+            raise UsageError(f"--max-drop {max_drop:g}: a drop in {self._metric} is a share, give less than 1")
+        if known.counted:
             self._check_resolution(quality, held_back)
 
     def smallest(
@@ -173,7 +177,7 @@ class Judge:
         return plan, rewritten, Floor(self._max_drop, self._metric, kind.title, self._samples, best, curve)
 
     def _trial(self, fraction: float, predicted_loss: float, model: ir.Model) -> Trial:
-        drop: Drop = measured_drop(self._measure(model), self._metric)
+        drop = measured_drop(self._measure(model), self._metric)
         return Trial(fraction, predicted_loss, drop.value, drop.low, drop.high)
 
     def _described(self, trial: Trial, kind: type[Budget]) -> str:
@@ -182,8 +186,6 @@ class Judge:
 
     def _check_resolution(self, quality: Quality, held_back: float) -> None:
         """One decision is the smallest drop that samples can show."""
-        if self._max_drop >= 1:
-            raise UsageError(f"--max-drop {self._max_drop:g}: a drop in {self._metric} is a share, give less than 1")
         decisions = min(head.decisions for head in quality.heads if head.decisions)
         if self._max_drop * decisions < 1 - 1e-9:
             needed = math.ceil(quality.samples / decisions / self._max_drop / held_back)
@@ -196,4 +198,5 @@ class Judge:
 
 def format_drop(metric: str, drop: float) -> str:
     """A drop as people write it."""
-    return f"{drop:.2%}" if metric in RATES else f"{drop:.3g}"
+    unit = find_metric(metric).unit
+    return f"{drop:.2%}" if unit == "%" else f"{drop:.3g} dB" if unit == "dB" else f"{drop:.3g}"

@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import onnx_ir as ir
 
 from onnx_kfe import calibration, evaluation
+from onnx_kfe._headed import giving, head_specs
 from onnx_kfe.calibration import (
     Batch,
     Dataset,
@@ -29,7 +30,14 @@ from onnx_kfe.evaluation import HeadSpec, Quality, Timing
 from onnx_kfe.graph import ModelSource, Network, load, open_network, serialize
 from onnx_kfe.progress import Progress
 
-__all__ = ["Machine", "benchmark", "evaluate", "head_specs", "measure_latency", "measure_quality", "note_skipped"]
+__all__ = [
+    "Machine",
+    "benchmark",
+    "evaluate",
+    "measure_latency",
+    "measure_quality",
+    "note_skipped",
+]
 
 
 class Machine(NamedTuple):
@@ -54,6 +62,7 @@ def evaluate(
     images: ImageOptions | None = None,
     labels: str | os.PathLike[str] | None = None,
     heads: Mapping[str, str] | None = None,
+    metric: str | None = None,
     max_samples: int | None = None,
     providers: Sequence[str] = (),
     threads: int | None = None,
@@ -68,6 +77,8 @@ def evaluate(
         images: How images become inputs.
         labels: CSV of ``file,label``.
         heads: Kind by output name where detection should be overruled.
+        metric: Key of `evaluation.METRICS` or ``package.module:function``: how much worse the model is than the
+            original, with an interval.
         max_samples: At most this many samples.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
@@ -83,12 +94,14 @@ def evaluate(
         cast(DataSource, data), input_specs(network.model), images=images, labels=labels, max_samples=max_samples
     )
     shown.note(dataset.describe())
+    specs = head_specs(calibration.find_heads(network, heads))
     quality = _evaluate(
-        _runnable(model),
-        None if reference is None else _runnable(reference),
+        _runnable(model, specs),
+        None if reference is None else _runnable(reference, specs),
         network,
         dataset,
-        head_specs(calibration.find_heads(network, heads)),
+        specs,
+        metric,
         providers,
         threads,
         shown,
@@ -147,10 +160,11 @@ def measure_quality(
     heads: Sequence[HeadSpec],
     machine: Machine,
     progress: Progress,
+    metric: str | None = None,
 ) -> Quality:
     """Quality of a smaller model against the original."""
-    models = serialize(smaller), serialize(network.original)
-    return _evaluate(*models, network, dataset, heads, machine.providers, machine.threads, progress)
+    models = serialize(giving(smaller, heads)), serialize(giving(network.original, heads))
+    return _evaluate(*models, network, dataset, heads, metric, machine.providers, machine.threads, progress)
 
 
 def measure_latency(
@@ -169,14 +183,6 @@ def measure_latency(
         )
 
 
-def head_specs(heads: Sequence[calibration.Head], *, scaled: bool = False) -> list[HeadSpec]:
-    """How the evaluation reads the heads of a model; their scales are known where statistics were collected."""
-    return [
-        HeadSpec(head.output, head.kind, head.probabilities, head.axis, head.scale if scaled else None)
-        for head in heads
-    ]
-
-
 def note_skipped(dataset: Dataset, progress: Progress) -> None:
     """Say which samples could not be read."""
     if dataset.skipped:
@@ -189,6 +195,7 @@ def _evaluate(
     network: Network,
     dataset: Dataset,
     heads: Sequence[HeadSpec],
+    metric: str | None,
     providers: Sequence[str],
     threads: int | None,
     progress: Progress,
@@ -196,7 +203,10 @@ def _evaluate(
     specs = input_specs(network.model)
     first = _first_batch(dataset, specs)
     size = batch_size(network, {name: array.shape for name, array in first.feeds.items()})
-    use_labels = _labels_fit(network, heads, first)
+    known = None if metric is None else evaluation.find_metric(metric)
+    if known is not None and known.function is not None:
+        size = 1  # what outputs of any length are of which sample is then known
+    use_labels = (known is not None and known.own_labels) or _labels_fit(network, heads, first)
     if not use_labels:
         progress.note("the labels are left out: they are not one for each decision of the model")
 
@@ -207,7 +217,7 @@ def _evaluate(
 
     with progress.stage("measuring quality", dataset.count()) as advance:
         return evaluation.evaluate(
-            model, counted(), reference=reference, heads=heads, providers=providers, threads=threads
+            model, counted(), reference=reference, heads=heads, metric=metric, providers=providers, threads=threads
         )
 
 
@@ -215,8 +225,10 @@ def _labels_fit(network: Network, heads: Sequence[HeadSpec], batch: Batch) -> bo
     """Whether labels, which may lie beside the images by chance, can be those of the first categorical head."""
     head = next((head for head in heads if head.kind == "categorical"), None)
     output = next((v for v in network.model.graph.outputs if head is not None and v.name == head.name), None)
-    if head is None or output is None or output.shape is None or batch.labels is None:
+    if head is None or batch.labels is None:
         return True
+    if output is None or output.shape is None:
+        return output is not None
     rest = list(output.shape)[1:]
     if len(rest) > 0:
         del rest[head.axis - 1 if head.axis is not None and head.axis > 0 else -1]
@@ -232,7 +244,8 @@ def _first_batch(dataset: Dataset, specs: Sequence[calibration.InputSpec], size:
     return first
 
 
-def _runnable(model: ModelSource) -> bytes | str:
-    """What ONNX Runtime loads; a path stays a path, so that models over 2 GiB can be run too."""
+def _runnable(model: ModelSource, heads: Sequence[HeadSpec]) -> bytes | str:
+    """What ONNX Runtime loads; a path stays a path where it can, so that models over 2 GiB can be run too."""
     loaded = load(model)  # for the clear errors
-    return os.fspath(model) if isinstance(model, str | os.PathLike) else serialize(loaded)
+    extended = giving(loaded, heads)
+    return os.fspath(model) if isinstance(model, str | os.PathLike) and extended is loaded else serialize(extended)

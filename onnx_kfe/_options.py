@@ -35,9 +35,11 @@ __all__ = [
     "Images",
     "Json",
     "Labels",
+    "Loss",
     "Machine",
     "Memory",
     "Method",
+    "Metric",
     "Model",
     "Output",
     "Providers",
@@ -55,6 +57,9 @@ __all__ = [
     "required",
 ]
 
+_LOSS_HELP = "ONNX graph from outputs (labels, arrays of the data) to a loss [N] in nats, in the place of the heads."
+Loss = Annotated[Path | None, typer.Option("--loss", help=_LOSS_HELP)]
+
 Model = Annotated[Path, typer.Argument(help="The .onnx file; it is never modified.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="File to write, whole or not at all.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -70,7 +75,8 @@ Providers = Annotated[list[str] | None, typer.Option(help="Execution provider, C
 _SHAPE_HELP = "name:1,3,224,224 for free axes; repeatable."
 _HEAD_HELP = "NAME=KIND of an output: categorical, bernoulli, gaussian, none."
 _DROP_HELP = "Find the smallest model that is no more than this worse, instead of a budget."
-_METRIC_HELP = f"What --max-drop is measured in: {', '.join(METRICS)}."
+_METRIC_HELP = f"What a drop is measured in: {', '.join(METRICS)}, or package.module:function."
+Metric = Annotated[str | None, typer.Option("--metric", help=_METRIC_HELP)]
 _ROUND_HELP = f"Ranks are multiples of this, less in small layers: {DEFAULT_ROUND_TO}, or as measured for a latency."
 _KINDS: dict[str, type[Budget]] = {kind.option.removeprefix("--"): kind for kind in (Macs, Params, Latency)}
 _MINIMIZE_HELP = f"What --max-drop makes small: {', '.join(_KINDS)}."
@@ -171,7 +177,7 @@ class Floor:
     """What the result must be worth, instead of a budget."""
 
     max_drop: Annotated[float | None, typer.Option("--max-drop", help=_DROP_HELP)] = None
-    metric: Annotated[str | None, typer.Option("--metric", help=_METRIC_HELP)] = None
+    metric: Metric = None
     minimize: Annotated[str | None, typer.Option("--minimize", help=_MINIMIZE_HELP)] = None
 
     @property
@@ -263,7 +269,7 @@ class Training:
     optimizer: Annotated[str, typer.Option(help=_OPTIMIZER_HELP)] = DEFAULT_OPTIMIZER
     learning_rate: Annotated[float | None, typer.Option(help=_RATE_HELP)] = None
     schedule: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULES)}.")] = "one-cycle"
-    temperature: Annotated[float, typer.Option(help="Softens what is learnt from the teacher.")] = 2.0
+    temperature: Annotated[float, typer.Option(help="Softens what is learnt from the teacher.")] = 4.0
     intermediate: Annotated[list[str] | None, typer.Option("--intermediate", help=_INTERMEDIATE_HELP)] = None
     label_share: Annotated[float | None, typer.Option("--label-share", help=_SHARE_HELP)] = None
     augment: Annotated[bool | None, typer.Option("--augment/--no-augment", help=_AUGMENT_HELP)] = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +14,13 @@ from onnx_kfe import calibration, recovery
 from onnx_kfe._bandit_search import refine_plan
 from onnx_kfe._course import Course
 from onnx_kfe._floor import Judge
+from onnx_kfe._headed import head_specs
 from onnx_kfe._latency_goal import Lap, Stadium
-from onnx_kfe._measure import Machine, head_specs, measure_latency, measure_quality, note_skipped
+from onnx_kfe._measure import Machine, measure_latency, measure_quality, note_skipped
 from onnx_kfe._recipe import Recipe, make_plan, make_planner
 from onnx_kfe._rounds import prune_in_rounds
-from onnx_kfe.calibration import Dataset, Statistics, fixed_batch, input_specs, synthetic_dataset
-from onnx_kfe.errors import KfeError
+from onnx_kfe.calibration import Dataset, Loss, Statistics, fixed_batch, input_specs, synthetic_dataset
+from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.evaluation import Quality
 from onnx_kfe.graph import ModelSource, Network
 from onnx_kfe.planning import Budget, Latency, Macs, Plan, Planner
@@ -27,7 +28,7 @@ from onnx_kfe.progress import Progress, StagesOnly
 from onnx_kfe.result import Result
 from onnx_kfe.rewrite import Chain, Narrowed, add_losses, narrow, solve_plan, write_chains
 
-__all__ = ["DEFAULT_BUDGET", "Pruning", "Recovery", "Samples", "at_seen_shapes", "collect", "divide"]
+__all__ = ["DEFAULT_BUDGET", "Pruning", "Recovery", "Samples", "at_seen_shapes", "check_loss", "collect", "divide"]
 
 DEFAULT_BUDGET = Macs(0.75)
 _HELD_BACK = 0.2
@@ -52,12 +53,14 @@ class Samples(NamedTuple):
         held_back: Of the same data, seen by neither.
         test: For the quality of the result; the held-back ones where there are no others.
         taught: To train on: those used, and all others that are not held back.
+        measured: Those used, with what a loss reads of them besides: for the statistics.
     """
 
     used: Dataset | None = None
     held_back: Dataset | None = None
     test: Dataset | None = None
     taught: Dataset | None = None
+    measured: Dataset | None = None
 
     @property
     def judging(self) -> Dataset | None:
@@ -65,14 +68,28 @@ class Samples(NamedTuple):
         return self.test if self.held_back is None else self.held_back
 
 
-def divide(data: Dataset | None, test: Dataset | None, *, floor: bool, training: bool) -> Samples:
-    """Hold a fifth of the data back, where there are no samples to test on or a quality floor needs some of its own."""
-    if data is None or (test is not None and not floor):
-        return Samples(_fitted(data, training), None, test, data)
+def divide(
+    data: Dataset | None, test: Dataset | None, inputs: Collection[str], *, floor: bool, training: bool
+) -> Samples:
+    """Hold a fifth of the data back, where there are no samples to test on or a quality floor needs some of its own.
+
+    Args:
+        data: The samples; they may hold more than the model takes, which is for the statistics alone.
+        test: Samples to test on.
+        inputs: Names of what the model takes.
+        floor: Whether there is a quality floor.
+        training: Whether there is training.
+    """
+    if data is None:
+        return Samples(test=test)
+    whole, data = data, data.only(inputs)
+    if test is not None and not floor:
+        return Samples(_fitted(data, training), None, test, data, _fitted(whole, training))
     count = data.count()
     share = _HELD_BACK if count is None or floor else min(_HELD_BACK, _MOST_HELD_BACK / count)
     used, held_back = data.split(share)
-    return Samples(_fitted(used, training), held_back, test or held_back, used)
+    measured, _ = whole.split(share)
+    return Samples(_fitted(used, training), held_back, test or held_back, used, _fitted(measured, training))
 
 
 def _fitted(data: Dataset | None, training: bool) -> Dataset | None:
@@ -90,6 +107,7 @@ class Pruning:
     samples: Samples
     statistics: Statistics | None
     heads: Mapping[str, str] | None
+    loss: Loss | None
     machine: Machine
     recovery: Recovery
     recipe: Recipe
@@ -106,14 +124,16 @@ class Pruning:
             )
         quiet = StagesOnly(self.progress)
         share = 1.0 if self.samples.used is None else _HELD_BACK
-        return Judge(lambda model: self._quality(model, dataset, quiet), self.network.original, max_drop, metric, share)
+        return Judge(
+            lambda model: self._quality(model, dataset, quiet, metric), self.network.original, max_drop, metric, share
+        )
 
     def collect(self) -> None:
         """Collect statistics where none were given and there are samples."""
-        if self.statistics is None and self.samples.used is not None:
+        if self.statistics is None and self.samples.measured is not None:
             self.statistics = collect(
-                self.network, self.samples.used, self.heads, self.seed, (0, 1), self.machine, self.progress,
-                self.recipe.curvature,
+                self.network, self.samples.measured, self.heads, self.loss, self.seed, (0, 1), self.machine,
+                self.progress, self.recipe.curvature,
             )  # fmt: skip
         if self.statistics is None:
             self.progress.note("no data: only what the weights alone justify is pruned, and quality will be unproven")
@@ -171,13 +191,15 @@ class Pruning:
 
     def _in_rounds(self, budgets: Sequence[Budget], round_to: int | None) -> Result:
         """The model that several rounds lead to."""
-        samples = self.samples.used
+        samples = self.samples.measured
         assert self.statistics is not None
         assert samples is not None
 
         def collected(network: Network) -> Statistics:
             quiet = StagesOnly(self.progress)
-            return collect(network, samples, self.heads, self.seed, (0, 1), self.machine, quiet, self.recipe.curvature)
+            return collect(
+                network, samples, self.heads, self.loss, self.seed, (0, 1), self.machine, quiet, self.recipe.curvature
+            )  # fmt: skip
 
         course, epochs, count = self._course(), self.recipe.epochs, self.recipe.rounds
 
@@ -264,18 +286,19 @@ class Pruning:
             )  # fmt: skip
         return write_chains(network, plan, statistics, chains)
 
-    def _quality(self, model: ir.Model, dataset: Dataset, progress: Progress) -> Quality:
+    def _quality(self, model: ir.Model, dataset: Dataset, progress: Progress, metric: str | None = None) -> Quality:
         if self.statistics is not None:
             specs = head_specs(self.statistics.heads, scaled=True)
         else:
             specs = head_specs(calibration.find_heads(self.network, self.heads))
-        return measure_quality(self.network, model, dataset, specs, self.machine, progress)
+        return measure_quality(self.network, model, dataset, specs, self.machine, progress, metric)
 
 
 def collect(
     network: Network,
     dataset: Dataset,
     heads: Mapping[str, str] | None,
+    loss: Loss | None,
     seed: int,
     shard: tuple[int, int],
     machine: Machine,
@@ -288,21 +311,44 @@ def collect(
         KfeError: There are no samples, or collection fails.
     """
     found = calibration.find_heads(network, heads)
-    named = ", ".join(f"{head.output} {head.kind}" for head in found)
+    named = ", ".join(
+        f"{head.output} {head.kind}{f' (read by {head.read_by})' if head.read_by else ''}" for head in found
+    )
     progress.note(f"heads: {named} ({'as given' if heads else 'assumed; change with --head'})")
+    if loss is not None:
+        progress.note(f"loss: {loss.name} of {', '.join(loss.reads)}, in the place of the heads")
     if next(iter(dataset), None) is None:
         raise KfeError(f"{dataset.describe()}: no samples to collect statistics on")
     with progress.stage("collecting", dataset.count()) as advance:
         statistics = calibration.collect(
-            network, dataset, heads=heads, seed=seed, shard=shard, providers=machine.providers,
+            network, dataset, heads=heads, loss=loss, seed=seed, shard=shard, providers=machine.providers,
             threads=machine.threads, progress=advance,
         )  # fmt: skip
     if curvature == "kfac":
         return statistics
     with progress.stage("collecting in the eigenbases", dataset.count()) as advance:
         return calibration.collect_eigen_moments(
-            network, statistics, dataset, providers=machine.providers, threads=machine.threads, progress=advance
-        )
+            network, statistics, dataset, loss=loss, providers=machine.providers, threads=machine.threads,
+            progress=advance,
+        )  # fmt: skip
+
+
+def check_loss(loss: Loss | None, statistics: Statistics | None, rounds: int, *, collects: bool) -> None:
+    """Refuse a loss that nothing is collected with, or that is not that of the statistics.
+
+    Args:
+        loss: The loss, if any.
+        statistics: Statistics that were collected before.
+        rounds: How often statistics are collected, these included.
+        collects: Whether there are samples to collect statistics on.
+
+    Raises:
+        UsageError: Which of the two.
+    """
+    if statistics is not None and (loss is not None or rounds > 1):
+        statistics.check_loss(loss.fingerprint if loss is not None else None)
+    elif loss is not None and not collects:
+        raise UsageError("--loss is what statistics are collected with: give --data")
 
 
 def _shortage(network: Network, statistics: Statistics) -> str | None:

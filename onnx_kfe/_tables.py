@@ -16,8 +16,8 @@ from onnx_kfe._floor import Floor, format_drop
 from onnx_kfe._frontier import Point
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.console import print_line, print_renderable
-from onnx_kfe.evaluation import HeadQuality, Quality, Rate, Timing
-from onnx_kfe.graph import ChannelGroup, Geometry, Layer, Network
+from onnx_kfe.evaluation import HeadQuality, Quality, Rate, Score, Timing
+from onnx_kfe.graph import ChannelGroup, Geometry, Layer, Network, find_embeddings
 from onnx_kfe.planning import Plan, meets, network_cost
 from onnx_kfe.result import Result
 
@@ -41,10 +41,11 @@ _NAMED = 3  # layers named in a row, where more are only counted
 
 
 def show_layers(network: Network) -> None:
-    """The table of `inspect`."""
+    """The table of `inspect`: the layers, and behind them tables of embeddings."""
     table = _table("layer", "shape", ">MACs", ">params", "pruned")
-    twins, reasons = network.twins, network.left_alone
-    for layer in network.layers:
+    twins, embeddings = network.twins, find_embeddings(network.model)
+    reasons = network.left_alone | {table.name: table.reason for table in embeddings if table.reason is not None}
+    for layer in [*network.layers, *embeddings]:
         pruned = f"with {twins[layer.name]}" if layer.name in twins else "no" if layer.name in reasons else ""
         table.add_row(layer.name, _shape(layer), _si(layer.macs), _si(layer.parameters), pruned)
     print_renderable(table)
@@ -58,7 +59,7 @@ def show_layers(network: Network) -> None:
 
 
 def layer_rows(network: Network) -> list[dict[str, Any]]:
-    """What `inspect` knows of the layers, as plain values."""
+    """What `inspect` knows of the layers and of tables of embeddings, as plain values."""
     return [
         {
             "name": layer.name,
@@ -72,7 +73,7 @@ def layer_rows(network: Network) -> list[dict[str, Any]]:
             "prunable": layer.prunable,
             "reason": layer.reason,
         }
-        for layer in network.layers
+        for layer in (*network.layers, *find_embeddings(network.model))
     ]
 
 
@@ -176,6 +177,8 @@ def show_result(result: Result) -> None:
 def show_quality(quality: Quality) -> None:
     """The table of `evaluate`."""
     _print_quality(quality, f"quality, {quality.samples} samples", ("reference", "model"))
+    if quality.score is not None:
+        _print_score(quality.score)
 
 
 def show_tuned(tuned: Tuned) -> None:
@@ -277,6 +280,14 @@ def _print_ratio(ratio: float | None) -> None:
         print_line(f"measured loss is only {ratio:.2g} times the predicted")
 
 
+def _print_score(score: Score) -> None:
+    """What the metric that was asked for says."""
+    known = score.original is not None and score.model is not None
+    pair = f"{score.metric} {score.original:.4g}, of the model {score.model:.4g}: " if known else f"{score.metric}: "
+    drop, low, high = (format_drop(score.metric, v) for v in (score.drop.value, score.drop.low, score.drop.high))
+    print_line(f"{pair}drop {drop} (95 % interval {low} to {high})")
+
+
 def _print_floor(floor: Floor) -> None:
     """The curve of what was tried, and how sure the result is."""
     table = _table(f"{floor.size} kept", ">predicted loss", f">{floor.metric} drop", "95 % interval", "")
@@ -332,6 +343,9 @@ def _table(first: str, *others: str) -> Table:
 
 def _shape(layer: Layer) -> str:
     geometry: Geometry | None = layer.geometry
+    if layer.op_type == "Gather":
+        (table, *_) = layer.node.inputs
+        return f"Gather {'x'.join(map(str, table.shape.numpy()))}" if table is not None and table.shape else "Gather"
     if geometry is None:
         return f"{layer.op_type}, unknown"
     kernel = f" {'x'.join(map(str, geometry.kernel))}" if geometry.kernel else ""

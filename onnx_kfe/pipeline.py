@@ -9,23 +9,27 @@ from typing import cast
 
 import onnx_ir as ir
 
-from onnx_kfe import _prune
+from onnx_kfe import _prune, calibration
 from onnx_kfe._finetune import finetune
 from onnx_kfe._floor import check_floor
 from onnx_kfe._frontier import Point, sweep
+from onnx_kfe._headed import head_specs, trainable
 from onnx_kfe._latency_goal import Stadium
-from onnx_kfe._measure import Machine, benchmark, evaluate, head_specs, measure_quality, note_skipped
-from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, divide
+from onnx_kfe._measure import Machine, benchmark, evaluate, measure_quality, note_skipped
+from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, check_loss, divide
 from onnx_kfe._recipe import CURVATURES, Recipe, make_plan
 from onnx_kfe.calibration import (
     Dataset,
     DataSource,
     ImageOptions,
+    Loss,
     Statistics,
+    data_specs,
     input_specs,
     open_dataset,
+    open_loss,
 )
-from onnx_kfe.errors import BudgetError, UsageError
+from onnx_kfe.errors import BudgetError, KfeError, UsageError
 from onnx_kfe.evaluation import Quality
 from onnx_kfe.graph import ModelSource, Network, open_network
 from onnx_kfe.planning import Budget, Macs, Plan, Planner
@@ -79,7 +83,9 @@ def collect(
     data: DataSource | Dataset,
     *,
     images: ImageOptions | None = None,
+    labels: str | os.PathLike[str] | None = None,
     heads: Mapping[str, str] | None = None,
+    loss: ModelSource | None = None,
     max_samples: int | None = DEFAULT_SAMPLES,
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -92,9 +98,11 @@ def collect(
 
     Args:
         model: The model.
-        data: Calibration samples, see `open_dataset`; labels are not used.
+        data: Calibration samples, see `open_dataset`; labels are not used, but by a loss that reads them.
         images: How images become inputs.
+        labels: CSV of ``file,label``, for a loss.
         heads: Kind by output name where detection should be overruled.
+        loss: An ONNX graph whose gradients take the place of those sampled at the heads, see `open_loss`.
         max_samples: At most this many samples.
         seed: Seed of noise and positions.
         shard: ``(i, n)`` collects the i-th of n parts, to be merged.
@@ -111,11 +119,37 @@ def collect(
     _check_curvature(curvature, shard)
     shown = progress or Progress()
     network = inspect(model)
-    dataset = open_dataset(cast(DataSource, data), input_specs(network.model), images=images, max_samples=max_samples)
-    shown.note(dataset.describe())
-    statistics = _prune.collect(network, dataset, heads, seed, shard, Machine(providers, threads), shown, curvature)
+    own = None if loss is None else open_loss(loss, network)
+    dataset = _opened(data, network, own, images, labels, max_samples, shown)
+    machine = Machine(providers, threads)
+    statistics = _prune.collect(network, dataset, heads, own, seed, shard, machine, shown, curvature)
     note_skipped(dataset, shown)
     return statistics
+
+
+def _opened(
+    source: DataSource | Dataset,
+    network: Network,
+    loss: Loss | None,
+    images: ImageOptions | None,
+    labels: str | os.PathLike[str] | None,
+    max_samples: int | None,
+    progress: Progress,
+) -> Dataset:
+    """Samples for a model, with what a loss reads besides."""
+    specs = data_specs(network.model, loss)
+    try:
+        dataset = open_dataset(cast(DataSource, source), specs, images=images, labels=labels, max_samples=max_samples)
+    except KfeError as error:
+        if loss is None or not loss.targets:
+            raise
+        own = ", ".join(spec.name for spec in loss.targets)
+        known = ", ".join(value.name or "" for value in (*network.model.graph.outputs, *network.model.graph.inputs))
+        raise UsageError(
+            f"{error}; --loss {loss.name} reads {own} of the data, for the model has no such output or input ({known})"
+        ) from error
+    progress.note(dataset.describe())
+    return dataset
 
 
 def _check_curvature(curvature: str, shard: tuple[int, int]) -> None:
@@ -227,6 +261,7 @@ def prune(
     images: ImageOptions | None = None,
     labels: str | os.PathLike[str] | None = None,
     heads: Mapping[str, str] | None = None,
+    loss: ModelSource | None = None,
     max_samples: int | None = DEFAULT_SAMPLES,
     method: str | None = None,
     basis: str | None = None,
@@ -263,6 +298,7 @@ def prune(
         images: How images become inputs.
         labels: CSV of ``file,label``.
         heads: Kind by output name where detection should be overruled.
+        loss: An ONNX graph whose gradients take the place of those sampled at the heads, see `open_loss`.
         max_samples: At most this many samples.
         method: ``forms`` when None, else one of `planning.METHODS`: what is least important goes, by one threshold.
             EigenDamage is as published, and not refitted.
@@ -287,7 +323,8 @@ def prune(
         checkpoint: Folder from which an interrupted refit goes on, removed when it is done.
         max_drop: Instead of a plan: find the smallest model that is no more than this worse than the original, on
             samples that neither the statistics nor the refit saw.
-        metric: What `max_drop` is measured in: a key of `evaluation.METRICS`; None for the one that suits the model.
+        metric: What `max_drop` is measured in: a key of `evaluation.METRICS` or ``package.module:function``; None for
+            the one that suits the model.
         minimize: What is made as small as `max_drop` allows: `Macs`, `Params` or `Latency`.
         evaluations: Refine the plan by a factored bandit that measures at most so many models on minibatches of the
             data (see `planning.refine`); None for the plan as predicted.
@@ -307,21 +344,22 @@ def prune(
     if not network.prunable:
         raise BudgetError(f"{network.name}: no layer can be pruned; onnx-kfe inspect says why")
 
-    def opened(source: DataSource | Dataset | None) -> Dataset | None:
-        if source is None:
-            return None
-        specs = input_specs(network.model)
-        dataset = open_dataset(cast(DataSource, source), specs, images=images, labels=labels, max_samples=max_samples)
-        shown.note(dataset.describe())
-        return dataset
+    if epochs > 0:
+        trainable(calibration.find_heads(network, heads))
+    own = None if loss is None else open_loss(loss, network)
+
+    def opened(source: DataSource | Dataset | None, loss: Loss | None = None) -> Dataset | None:
+        return None if source is None else _opened(source, network, loss, images, labels, max_samples, shown)
 
     if isinstance(data, Statistics):
         data, statistics = None, data
+    check_loss(own, statistics, iterations, collects=data is not None)
     test = opened(evaluation_data)
-    samples = divide(opened(data), test, floor=max_drop is not None, training=epochs > 0)
+    inputs = [spec.name for spec in input_specs(network.model)]
+    samples = divide(opened(data, own), test, inputs, floor=max_drop is not None, training=epochs > 0)
     machine = Machine(providers, threads, batch)
     recovery = Recovery(refit, memory, None if checkpoint is None else Path(checkpoint))
-    run = Pruning(network, model, samples, statistics, heads, machine, recovery, recipe, seed, shown)
+    run = Pruning(network, model, samples, statistics, heads, own, machine, recovery, recipe, seed, shown)
     judge = None if max_drop is None else run.judge(max_drop, metric)
     run.collect()
     result = run.smaller(plan, round_to, evaluations) if judge is None else run.smallest(judge, minimize, round_to)

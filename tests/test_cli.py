@@ -116,6 +116,28 @@ def test_a_quality_floor_ends_in_its_curve(cli: Cli, folder: Path) -> None:
     assert (folder / "small.onnx").exists()
 
 
+def test_a_loss_and_metrics(cli: Cli, folder: Path) -> None:
+    text = 'l = SoftmaxCrossEntropyLoss<reduction = "none">(logits, labels)'
+    interface = "(float[N, 5] logits, int64[N] labels) => (float[N] l)"
+    loss = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 17]> g {interface} {{ {text} }}')
+    onnx.save(loss, "loss.onnx")
+    given = np.load("data.npz")
+    np.savez("labelled.npz", x=given["x"], labels=np.arange(len(given["x"])) % 5)
+    collected = cli("collect", "net.onnx", "--data", "labelled.npz", "--loss", "loss.onnx", "-o", "stats")
+    assert "loss: loss.onnx of logits, labels, in the place of the heads" in collected.err
+    assert Statistics.load("stats").loss is not None
+    collected_before = ("--data", "labelled.npz", "--loss", "loss.onnx", "--stats", "stats")
+    done(cli("prune", "net.onnx", *collected_before, "--macs", 0.7, "--round-to", 2, "--no-refit", "-o", "small.onnx"))
+    judged = ("evaluate", "small.onnx", "--reference", "net.onnx", "--data", "data.npz")
+    assert re.search(r"agreement: drop \d+\.\d\d% \(95 % interval", done(cli(*judged, "--metric", "agreement")))
+    score = from_json(cli(*judged, "--head", "logits=gaussian", "--metric", "cosine", "--json"))["score"]
+    assert score["metric"] == "cosine"
+    assert score["drop"]["value"] == pytest.approx(1 - score["model"]) != 0
+    shown = done(cli(*judged, "--head", "logits=gaussian", "--metric", "psnr"))
+    assert re.search(r"psnr 100, of the model \d+\.\d+: drop \d+\.?\d* dB \(95 % interval .* dB to .* dB\)", shown)
+    assert cli(*judged, "--metric", "top-5").code == 2
+
+
 LATENCY = ("prune", "net.onnx", "--data", "data.npz", "--no-refit", "-o", "small.onnx", "--round-to", 2)
 
 

@@ -392,6 +392,32 @@ def test_the_smallest_model_above_a_floor(metric: str, floor: float) -> None:
     assert result.report["budget"] == f"--max-drop {floor} --metric {metric}"
 
 
+def closeness(outputs: dict[str, np.ndarray], original: dict[str, np.ndarray], labels: object) -> float:
+    return -float(np.abs(outputs["logits"] - original["logits"]).mean())
+
+
+@pytest.mark.parametrize(
+    ("metric", "floor"), [("cosine", 0.05), ("psnr", 80.0), (f"{__name__}:closeness", 0.5), ("spearman", 0.2)]
+)
+def test_floors_in_other_metrics(metric: str, floor: float) -> None:
+    result = kfe.prune(classifier(), samples(100), max_drop=floor, metric=metric, heads={"logits": "gaussian"},
+                       round_to=2, refit=False, measure=False)  # fmt: skip
+    assert result.floor is not None
+    chosen = result.floor.chosen
+    assert 0 < chosen.drop <= floor
+    assert chosen.low <= chosen.drop <= chosen.high
+    assert chosen.fraction < 1
+
+
+def test_a_metric_that_does_not_fit_is_refused_before_any_work() -> None:
+    progress = Recorded()
+    with pytest.raises(
+        kfe.UsageError, match=r"--metric top-5: the model has no categorical output of 6 classes or more"
+    ):
+        kfe.prune(classifier(), samples(100), max_drop=0.1, metric="top-5", progress=progress)
+    assert not any(note.startswith("heads:") for note in progress.notes)
+
+
 def test_a_floor_is_measured_on_held_back_samples_beside_evaluation_data() -> None:
     result = kfe.prune(classifier(), samples(100), max_drop=0.1, evaluation_data=samples(30, seed=1), measure=False)
     assert result.statistics is not None

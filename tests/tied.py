@@ -8,7 +8,7 @@ import onnx
 from tests.tiny import node, tiny, weights
 from tests.topologies import Builder
 
-__all__ = ["pyramid", "samples", "siamese", "stacked"]
+__all__ = ["pyramid", "samples", "siamese", "stacked", "upsampled"]
 
 
 def pyramid(channels: int = 8) -> onnx.ModelProto:
@@ -54,6 +54,17 @@ def siamese() -> onnx.ModelProto:
     nodes += [node("Sub", ["p2", "q2"], ["d"]), node("Tanh", ["d"], ["t"]), node("Gemm", ["t", "w2"], ["y"], "last")]
     arrays = {"w0": weights(10, 12), "b0": weights(10, seed=1), "w1": weights(10, 8, seed=2)}
     return tiny(nodes, {"p": ["n", 12], "q": ["n", 12]}, {"y": ["n", 4]}, arrays | {"w2": weights(8, 4, seed=3)})
+
+
+def upsampled(channels: int = 8) -> onnx.ModelProto:
+    """Two levels of features that one transposed convolution makes larger: ``x`` [n, 3, 8, 8] to [n, 5]."""
+    b = Builder()
+    levels = [b.relu_conv("x", 3, channels)]
+    levels.append(b.relu_conv(levels[0], channels, channels, strides=[2, 2]))
+    weight = b.weight(channels, 6, 3, 3, scale=(9 * channels) ** -0.5)
+    up = [b.op("Relu", b.op("ConvTranspose", level, weight, b.weight(6), strides=[2, 2])) for level in levels]
+    pooled = [b.op("ReduceMean", b.relu_conv(x, 6, 5), axes=[2, 3], keepdims=0) for x in up]
+    return b.model(["n", 3, 8, 8], b.op("Add", *pooled))
 
 
 def samples(model: onnx.ModelProto, count: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -27,6 +27,7 @@ __all__ = [
     "assets_folder",
     "cifar10",
     "extract_images",
+    "photos",
     "sentence_encoder",
     "sentences",
     "sts_spearman",
@@ -172,6 +173,14 @@ MODELS: dict[str, Asset] = {
     "vgg16": Asset("vgg16_brain_tumor.onnx", _mri),
 }
 """By the short names that the tools take."""
+
+
+def photos(count: int, size: int, mean: list[float], std: list[float]) -> np.ndarray:
+    """The first `count` images of the ImageNet sample, cut to squares and normalised: ``[count, 3, size, size]``."""
+    images = (image for _, image, _ in _reference().labelled(_IMAGENET_ARCHIVE))
+    options = {"size": size, "resample": Image.Resampling.BILINEAR, "mean": mean, "std": std}
+    cut = (_reference().imagenet_tensor(image.convert("RGB"), **options) for image in itertools.islice(images, count))
+    return np.stack(list(cut))
 
 
 def extract_images(folder: Path, count: int) -> Path:

@@ -25,6 +25,7 @@ from onnx_kfe.graph import Layer
 __all__ = ["Factors", "Gate", "Grid", "Noise", "Output", "TorchOracle", "all_positions", "relative_error"]
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _PRODUCTS = (torch.matmul, F.linear)
 _GATES = (F.relu, torch.relu, torch.clamp)
 _FULL_GRID = (1, 1, 1)
@@ -180,11 +181,13 @@ class _Recorder(TorchFunctionMode):
         if func in _GATES:
             gate = next(self._gates, None)
             return result if gate is None else _gated(result, args[0], torch.from_numpy(gate), *_bounds(args, kwargs))
-        if func not in (*_CONVOLUTIONS, *_PRODUCTS):
+        if func not in (*_CONVOLUTIONS, *_TRANSPOSED, *_PRODUCTS):
             return result
         layer = self._oracle.layer_of(args[1])
         if layer is None:
             return result
+        if func in _TRANSPOSED:
+            return self._transposed(layer, result, args, kwargs or {})
         convolution = func in _CONVOLUTIONS
         extent = tuple(result.shape[2:] if convolution else result.shape[1:-1][-1:])
         sums, grid = self._oracle.sums[layer.name], self._oracle.grid(layer, extent)
@@ -197,6 +200,19 @@ class _Recorder(TorchFunctionMode):
             sums, _patches(*args, grid=grid.inputs, **kwargs) if convolution else _thinned(args[0], grid.inputs), groups
         )
         sums.positions += result.numel() // result.shape[1 if convolution else -1]
+        return result
+
+    def _transposed(self, layer: Layer, result: Tensor, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+        """Of a transposed convolution positions are those of the input, and cotangents come in patches."""
+        x, *rest = args
+        sums, grid = self._oracle.sums[layer.name], self._oracle.grid(layer, tuple(x.shape[2:]))
+        result = result if result.requires_grad else result.requires_grad_()
+        groups = kwargs.get("groups", 1)
+        result.register_hook(
+            lambda g: _add_cotangents(sums, _patches(g, *rest, grid=grid.cotangents, **kwargs), groups)
+        )
+        _add_inputs(sums, _channels_last(x, grid.inputs), groups)
+        sums.positions += x.numel() // x.shape[1]
         return result
 
 

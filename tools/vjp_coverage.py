@@ -4,6 +4,7 @@ python tools/vjp_coverage.py [--json | --markdown > docs/operators.md]
 """
 
 import argparse
+import inspect
 import json
 import sys
 from collections import Counter, defaultdict
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from onnx_kfe.autodiff._functions import has_body
 from onnx_kfe.autodiff._registry import RULES, ZERO_GRADIENT
+from onnx_kfe.graph.fusions import FUSIONS
 from tests.autodiff.node_cases import Outcome, Result, check, collect
 
 PAGE = """\
@@ -34,6 +36,18 @@ This page is written by `python tools/vjp_coverage.py --markdown > docs/operator
 
 | operator | gradient | node cases |
 |---|---|---|
+"""
+FUSED = """
+## Fused operators of ONNX Runtime
+
+In a model that ONNX Runtime has optimised, these are written in the operators above before anything else is done, so
+that the layers inside them are pruned and only operators of ONNX come out. In forms that are not decomposed (earlier
+keys and values, queries and keys in one, transposed batches and others) they stay, and `onnx-kfe inspect` lists the
+layers inside them with what is in the way. Models whose layout is that of one processor are refused: prune, then
+optimise.
+
+| operator | stands for |
+|---|---|
 """
 EXPANDED = "_expanded"
 """In the name of a case that writes an operator in others."""
@@ -70,7 +84,8 @@ def page(results: list[Result]) -> str:
         confirmed = f"{counts[Outcome.PASSED]} of {cases}" if cases else ""
         rows.append(f"| {operator} | {gradient(operator, opset, counts[Outcome.PASSED])} | {confirmed} |")
     expanded = sum(result.outcome == Outcome.PASSED and EXPANDED in result.name for result in results)
-    return PAGE.format(expanded=expanded) + "\n".join(rows) + "\n"
+    fused = [f"| {operator} | {inspect.getdoc(stands_for)} |" for operator, stands_for in sorted(FUSIONS.items())]
+    return PAGE.format(expanded=expanded) + "\n".join(rows) + "\n" + FUSED + "\n".join(fused) + "\n"
 
 
 def gradient(operator: str, opset: int, passed: int) -> str:

@@ -9,9 +9,12 @@ from onnx_kfe.calibration._images import ImageOptions, image_preset
 from onnx_kfe.calibration._inputs import InputSpec, Sample, fixed_batch
 from onnx_kfe.calibration._instrument import differentiable_copy, find_heads
 from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
+from onnx_kfe.calibration._loss import Loss
+from onnx_kfe.calibration._open_loss import open_loss
 from onnx_kfe.calibration._padding import find_padding
-from onnx_kfe.calibration._passes import batch_size, input_specs
+from onnx_kfe.calibration._passes import batch_size, data_specs, input_specs
 from onnx_kfe.calibration._patches import channel_major, emit_samples, features_last
+from onnx_kfe.calibration._readers_streams import import_function, is_function_name
 from onnx_kfe.calibration._statistics import Statistics, merge
 from onnx_kfe.calibration._synthetic import synthetic_dataset
 
@@ -26,6 +29,7 @@ __all__ = [
     "InputSpec",
     "Item",
     "LayerStatistics",
+    "Loss",
     "PositionMeans",
     "Sample",
     "Statistics",
@@ -34,6 +38,7 @@ __all__ = [
     "channel_major",
     "collect",
     "collect_eigen_moments",
+    "data_specs",
     "detect_heads",
     "differentiable_copy",
     "emit_samples",
@@ -42,9 +47,12 @@ __all__ = [
     "find_padding",
     "fixed_batch",
     "image_preset",
+    "import_function",
     "input_specs",
+    "is_function_name",
     "merge",
     "open_dataset",
+    "open_loss",
     "sample_noise",
     "synthetic_dataset",
 ]

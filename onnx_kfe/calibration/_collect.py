@@ -12,7 +12,8 @@ from onnx_kfe.calibration._forward import Forward
 from onnx_kfe.calibration._heads import detect_heads
 from onnx_kfe.calibration._instrument import Probe, differentiable_copy, instrument
 from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
-from onnx_kfe.calibration._passes import Progress, batch_size, blocks, input_specs, run_pass
+from onnx_kfe.calibration._loss import Loss
+from onnx_kfe.calibration._passes import Progress, batch_size, blocks, data_specs, input_specs, run_pass
 from onnx_kfe.calibration._patches import channel_major
 from onnx_kfe.calibration._statistics import Statistics
 from onnx_kfe.errors import KfeError, UsageError
@@ -28,6 +29,7 @@ def collect(
     data: Dataset,
     *,
     heads: Mapping[str, str] | None = None,
+    loss: Loss | None = None,
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
     providers: Sequence[str] = (),
@@ -40,8 +42,9 @@ def collect(
 
     Args:
         network: The model.
-        data: Calibration samples; labels are not used.
+        data: Calibration samples; labels are not used, but by a loss that reads them.
         heads: Kind by output name where detection should be overruled.
+        loss: What is differentiated in the place of the heads: the empirical Fisher information, see `open_loss`.
         seed: Seed of noise and positions.
         shard: ``(i, n)``: collect the i-th of n parts, to be merged.
         providers: Execution providers, CPU when empty.
@@ -50,18 +53,21 @@ def collect(
 
     Raises:
         KfeError: Nothing can be collected, or an activation or gradient is not finite (the layer is named).
+        UsageError: The loss is neither one value a sample nor their sum.
     """
     index, count = shard
     if not 0 <= index < count:
         raise UsageError(f"--shard {index}/{count}: shards are numbered 0 to {count - 1}")
     first = next(iter(data))
-    shapes = {name: array.shape for name, array in first.sample.items()}
-    specs = input_specs(network.model)
+    shapes = {spec.name: first.sample[spec.name].shape for spec in input_specs(network.model)}
+    specs = data_specs(network.model, loss)
     size = batch_size(network, shapes)
     copy = differentiable_copy(network.model)
     forward = Forward(copy, detect_heads(copy.graph, heads), providers=providers, threads=threads)
     scaled = forward.scaled_heads(itertools.islice(blocks(data, size, specs), -(-_SCALE_SAMPLES // size)))
-    instrumented = instrument(copy, network.prunable, scaled)
+    if loss is not None:
+        loss.check(copy, data, specs, providers=providers, threads=threads)
+    instrumented = instrument(copy, network.prunable, scaled, loss)
     probes = {probe.layer.name: probe for probe in instrumented.probes}
     sums = {
         layer.name: _Sums(*(probes[use.name] for use in layer.uses))
@@ -72,7 +78,7 @@ def collect(
     samples = 0
     for done, results in run_pass(
         instrumented.model, names, blocks(data, size, specs, shard), forward, scaled, seed,
-        providers=providers, threads=threads, progress=progress,
+        loss=loss, providers=providers, threads=threads, progress=progress,
     ):  # fmt: skip
         for layer in sums.values():
             layer.add(results, done)
@@ -82,6 +88,7 @@ def collect(
     return Statistics(
         network.fingerprint, seed, samples, scaled, shapes,
         {name: layer.statistics() for name, layer in sums.items()}, instrumented.skipped, [(index, count)],
+        loss=loss.fingerprint if loss is not None else None,
     )  # fmt: skip
 
 
@@ -96,19 +103,20 @@ class _Sums:
         geometry = probes[0].layer.geometry
         assert geometry is not None
         self._probes, self._geometry = probes, geometry
-        self._patch, self._out = geometry.patch_size, geometry.out_channels // geometry.groups
+        self._patch, self._out = geometry.patch_size, geometry.cotangent_size
         self._inputs = np.zeros((geometry.groups, self._patch, self._patch))
         self._total = np.zeros((geometry.groups, self._patch))
         self._cotangents = np.zeros((geometry.groups, self._out, self._out))
         self._positions = 0.0
         self._common = PositionMeans()
-        self._saliency = np.zeros((geometry.groups, self._out))
+        self._saliency = np.zeros((geometry.groups, geometry.out_channels // geometry.groups))
         self._samples = 0
 
     def add(self, results: Mapping[str, np.ndarray], samples: int) -> None:
         """Add a batch of outputs of the instrumented graph."""
+        channels = self._geometry.in_channels if self._geometry.transposed else self._geometry.out_channels
         self._samples += samples
-        positions = {p: results[p.output_size].item() / self._geometry.out_channels for p in self._probes}
+        positions = {p: results[p.output_size].item() / channels for p in self._probes}
         seen = {probe: count for probe, count in positions.items() if count}  # the rest is padding throughout
         rows = sum(len(results[probe.input_means]) for probe in seen)
         for probe, count in seen.items():
@@ -126,7 +134,7 @@ class _Sums:
         """Add what a node saw of a batch, at its positions; `usual` is how many of all nodes there are a row."""
         geometry = self._geometry
         taken = results[probe.input_size].item() / (self._patch * geometry.groups)
-        taken_cotangents = results[probe.cotangent_size].item() / geometry.out_channels
+        taken_cotangents = results[probe.cotangent_size].item() / (self._out * geometry.groups)
         _add_scaled(self._inputs, results[probe.input_second_moment], positions / taken)
         _add_scaled(self._total, results[probe.input_sum], positions / taken)
         _add_scaled(self._cotangents, results[probe.cotangent_second_moment], positions / taken_cotangents)
@@ -141,9 +149,14 @@ class _Sums:
 
     def statistics(self) -> LayerStatistics:
         """The sums with patches in channel-major order."""
+        inputs, total, cotangents = self._inputs, self._total, self._cotangents
         order = channel_major(self._geometry)
+        if self._geometry.transposed:
+            cotangents = cotangents[:, order[:, None], order]
+        else:
+            inputs, total = inputs[:, order[:, None], order], total[:, order]
         return LayerStatistics(
-            self._inputs[:, order[:, None], order], self._total[:, order], self._cotangents,
+            inputs, total, cotangents,
             self._positions, self._samples, self._common, self._saliency,
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -25,7 +25,7 @@ from onnx_kfe.calibration._readers_streams import (
     reader_source,
 )
 from onnx_kfe.calibration._readers_tensors import TEST_DATA
-from onnx_kfe.calibration._source import Concatenation, CorruptSample, PathReader, Request, Source
+from onnx_kfe.calibration._source import Concatenation, CorruptSample, Narrowed, PathReader, Request, Source
 from onnx_kfe.errors import KfeError, UsageError
 
 __all__ = ["DataSource", "Dataset", "Item", "open_dataset"]
@@ -152,6 +152,10 @@ class Dataset:
     def where(self, predicate: Callable[[int], bool]) -> Dataset:
         """Keep the samples whose index satisfies a predicate."""
         return self._subset(lambda pairs: (pair for pair in pairs if predicate(pair[0])))
+
+    def only(self, names: Collection[str]) -> Dataset:
+        """The same samples with no other arrays than these."""
+        return Dataset(Narrowed(self._source, names), self._stages, self._corrupt)
 
     def take(self, max_samples: int) -> Dataset:
         """Keep at most so many samples, and number them anew from 0.

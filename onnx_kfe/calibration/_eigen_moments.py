@@ -18,7 +18,8 @@ from onnx_kfe.calibration._forward import Forward
 from onnx_kfe.calibration._gradients import emit_gradients, emit_squares
 from onnx_kfe.calibration._instrument import differentiable_copy, differentiate
 from onnx_kfe.calibration._layer_statistics import LayerStatistics
-from onnx_kfe.calibration._passes import ACTIVATION_BUDGET, Progress, batch_size, blocks, input_specs, run_pass
+from onnx_kfe.calibration._loss import Loss
+from onnx_kfe.calibration._passes import ACTIVATION_BUDGET, Progress, batch_size, blocks, data_specs, run_pass
 from onnx_kfe.calibration._patches import channel_major
 from onnx_kfe.calibration._statistics import Statistics
 from onnx_kfe.errors import KfeError
@@ -33,11 +34,14 @@ def collect_eigen_moments(
     statistics: Statistics,
     data: Dataset,
     *,
+    loss: Loss | None = None,
     providers: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = lambda samples: None,
 ) -> Statistics:
     """The statistics with the second moments of the gradient in the eigenbases of their factors, at all positions.
+
+    Those of ConvTranspose stay as they are: no form is made of their eigenbases.
 
     Noise is that of the first pass, sample by sample.
 
@@ -45,6 +49,7 @@ def collect_eigen_moments(
         network: The model.
         statistics: Its whole statistics.
         data: The samples that they were collected on.
+        loss: What was differentiated in the place of the heads.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
         progress: Called with the number of samples done since the last call.
@@ -55,17 +60,20 @@ def collect_eigen_moments(
     statistics.check_model(network.fingerprint)
     if statistics.shards != [(0, 1)]:
         raise KfeError("second moments in the eigenbases need the whole statistics: merge the shards first")
+    statistics.check_loss(loss.fingerprint if loss is not None else None)
     copy = differentiable_copy(network.model)
     forward = Forward(copy, statistics.heads, providers=providers, threads=threads)
-    layers = [layer for layer in network.prunable if layer.name in statistics.layers]
-    specs, size = input_specs(network.model), _batch_size(network, statistics, layers)
+    known = [layer for layer in network.prunable if layer.name in statistics.layers]
+    if not (layers := [layer for layer in known if not layer.transposed]):
+        return statistics
+    specs, size = data_specs(network.model, loss), _batch_size(network, statistics, layers)
     bases = {layer.name: _bases(layer, statistics.layers[layer.name]) for layer in layers}
-    model, outputs = _instrument(copy, layers, statistics, bases)
+    model, outputs = _instrument(copy, layers, statistics, bases, loss)
     names = [name for parts in outputs.values() for name in parts]
     samples = 0
     for done, results in run_pass(
         model, names, blocks(data, size, specs), forward, statistics.heads, statistics.seed,
-        providers=providers, threads=threads, progress=progress,
+        loss=loss, providers=providers, threads=threads, progress=progress,
     ):  # fmt: skip
         for layer in layers:
             order = channel_major(_geometry(layer))
@@ -102,13 +110,17 @@ def _bases(layer: Layer, sums: LayerStatistics) -> EigenMoments:
 
 
 def _instrument(
-    model: ir.Model, layers: Sequence[Layer], statistics: Statistics, bases: Mapping[str, EigenMoments]
+    model: ir.Model,
+    layers: Sequence[Layer],
+    statistics: Statistics,
+    bases: Mapping[str, EigenMoments],
+    loss: Loss | None,
 ) -> tuple[bytes, dict[str, list[str]]]:
     """The model that computes a batch's sums, and the names of the outputs that make up those of a layer, by its name.
 
     A sample's gradients by a weight at several nodes are added before the square, where these have the same samples.
     """
-    whole = differentiate(model, layers, statistics.heads)
+    whole = differentiate(model, layers, statistics.heads, loss)
     owners = {use.name: layer.name for layer in layers for use in layer.uses}
     gradients: defaultdict[tuple[str, object], list[ir.Value]] = defaultdict(list)
     for layer, x, y, cotangent in whole.layers:

@@ -65,17 +65,30 @@ class Forward:
         return self._known[key]
 
     def scaled_heads(self, numbered: Iterable[tuple[int, Batch]]) -> list[Head]:
-        """The heads, Gaussian ones in units of their standard deviation over the batches, so that all weigh alike."""
-        gaussian = [head for head in self._heads if head.kind == "gaussian"]
-        if not gaussian:
+        """The heads with the scales and weights by which several weigh alike.
+
+        Gaussian ones are in units of their standard deviation over the batches. Of several heads each is divided by
+        the number of its decisions (positions of classes, else elements) and multiplied by the mean of these numbers,
+        so that a map of 10,000 positions weighs as much as 10 of them, and heads of one size stay as they are.
+        """
+        if len(self._heads) == 1 and self._heads[0].kind != "gaussian":
             return self._heads
-        moments = {head.output: np.zeros(3) for head in gaussian}
+        moments = {head.output: np.zeros(3) for head in self._heads}
+        decisions = dict.fromkeys(moments, 0.0)
         for _, batch in numbered:
-            for name, value in self.run(batch).items():
-                if name in moments:
-                    wide = value.astype(np.float64)
-                    moments[name] += (wide.size, wide.sum(), np.square(wide).sum())
-        return [head.with_scale(_deviation(moments[head.output])) if head in gaussian else head for head in self._heads]
+            values = self.run(batch)
+            for head in self._heads:
+                wide = values[head.output].astype(np.float64)
+                moments[head.output] += (wide.size, wide.sum(), np.square(wide).sum())
+                decisions[head.output] += _decisions(head, wide)
+        mean = sum(decisions.values()) / len(decisions)
+        scaled = [h.with_scale(_deviation(moments[h.output])) if h.kind == "gaussian" else h for h in self._heads]
+        return [h.with_weight(mean / decisions[h.output]) if decisions[h.output] else h for h in scaled]
+
+
+def _decisions(head: Head, value: np.ndarray) -> float:
+    classes = value.shape[head.axis] if head.kind == "categorical" and value.ndim else 1
+    return value.size / max(classes, 1)
 
 
 def _deviation(moments: np.ndarray) -> float:

@@ -10,6 +10,7 @@ matrix).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_kfe.autodiff import Emitter
+from onnx_kfe.calibration._postprocessing import chosen_by, is_suppressed
 from onnx_kfe.errors import KfeError, UsageError
 
 __all__ = ["HEAD_KINDS", "Head", "detect_heads", "sample_noise"]
@@ -31,14 +33,16 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataTy
 
 @dataclass(frozen=True)
 class Head:
-    """An output of the model and its probability model.
+    """An output of the model, or what post-processing reads in its place, and its probability model.
 
     Attributes:
-        output: Name of the graph output.
+        output: Name of the value: a graph output, or one inside the graph.
         kind: Key of `HEAD_KINDS`.
         source: Name of the value that is differentiated: the input of a final Softmax or Sigmoid, else the output.
         axis: Class axis of a categorical head.
         scale: Standard deviation of the output over the calibration data, by which a Gaussian head is measured.
+        weight: Factor on its Fisher information, by which several heads weigh alike, see `Forward.scaled_heads`.
+        read_by: Operator of the post-processing that reads a value inside the graph; empty for a graph output.
     """
 
     output: str
@@ -46,6 +50,8 @@ class Head:
     source: str
     axis: int = -1
     scale: float = 1.0
+    weight: float = 1.0
+    read_by: str = ""
 
     @property
     def probabilities(self) -> bool:
@@ -55,6 +61,10 @@ class Head:
     def with_scale(self, scale: float) -> Head:
         """The same head measured in units of `scale`."""
         return replace(self, scale=scale)
+
+    def with_weight(self, weight: float) -> Head:
+        """The same head with another weight among the heads."""
+        return replace(self, weight=weight)
 
 
 def _categorical_cotangent(emit: Emitter, logits: ir.Value, noise: ir.Value, head: Head) -> ir.Value:
@@ -86,7 +96,9 @@ HEAD_KINDS: dict[str, Callable[[Emitter, ir.Value, ir.Value, Head], ir.Value]] =
 
 
 def sample_noise(heads: list[Head], shapes: Mapping[str, tuple[int, ...]], seed: int, index: int) -> list[Noise]:
-    """Standard normal noise of one sample for every head, a function of (seed, sample index) alone.
+    """Normal noise of one sample for every head, a function of (seed, sample index) alone.
+
+    Its variance is the weight of the head: cotangents are linear in it.
 
     Args:
         heads: The heads, in order.
@@ -95,14 +107,17 @@ def sample_noise(heads: list[Head], shapes: Mapping[str, tuple[int, ...]], seed:
         index: Index of the sample in the whole data.
     """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
-    return [generator.standard_normal(size=shapes[head.output], dtype=np.float32) for head in heads]
+    drawn = [generator.standard_normal(size=shapes[head.output], dtype=np.float32) for head in heads]
+    return [noise * np.float32(math.sqrt(head.weight)) for head, noise in zip(heads, drawn, strict=True)]
 
 
 def detect_heads(graph: ir.Graph, kinds: Mapping[str, str] | None = None) -> list[Head]:
     """The heads of a graph of opset 13 or later, detected or as the user says.
 
     An output behind Softmax or LogSoftmax is categorical, behind Sigmoid Bernoulli, a matrix named like logits
-    categorical, anything else Gaussian. Integer outputs carry no gradient and are left out.
+    categorical, anything else Gaussian. What NonMaxSuppression picks is no head: the boxes and scores that it reads
+    are. Integer outputs carry no gradient; where there is nothing else, heads are the values that they say the
+    largest of (ArgMax is a decision between classes).
 
     Args:
         graph: The graph.
@@ -114,18 +129,26 @@ def detect_heads(graph: ir.Graph, kinds: Mapping[str, str] | None = None) -> lis
     """
     kinds = dict(kinds or {})
     names = [value.name or "" for value in graph.outputs]
-    for name, kind in kinds.items():
-        if name not in names:
-            raise UsageError(f"--head {name}={kind}: no such output; the model has {', '.join(names)}")
-        if kind not in (*HEAD_KINDS, "none"):
-            raise UsageError(f"--head {name}={kind}: the kind must be one of {', '.join(HEAD_KINDS)}, none")
+    read = chosen_by(graph)
+    known = [*names, *(value.name or "" for value, _ in read)]
+    for name, wanted in kinds.items():
+        if name not in known:
+            raise UsageError(f"--head {name}={wanted}: no such output; the model has {', '.join(known)}")
+        if wanted not in (*HEAD_KINDS, "none"):
+            raise UsageError(f"--head {name}={wanted}: the kind must be one of {', '.join(HEAD_KINDS)}, none")
     heads = []
     for value in graph.outputs:
-        name = value.name or ""
-        producer = value.producer()
-        if producer is None or kinds.get(name) == "none" or (value.dtype is not None and value.dtype not in _FLOATS):
-            continue
-        heads.append(_head(value, kinds.get(name)))
+        kind = kinds.get(value.name or "")
+        if _is_computed_float(value) and kind != "none" and (kind is not None or not is_suppressed(value)):
+            heads.append(_head(value, kind))
+    outside = bool(heads)
+    for value, node in read:
+        kind = kinds.get(value.name or "")
+        stands_in = node.op_type == "NonMaxSuppression" or not outside or kind is not None
+        if stands_in and _is_computed_float(value) and kind != "none":
+            head = _inner_head(value, node, kind)
+            if head.source not in [other.source for other in heads]:
+                heads.append(head)
     if not heads:
         raise KfeError(
             f"no output can carry a loss (outputs: {', '.join(names)}): no floating-point output computed in the graph"
@@ -146,7 +169,19 @@ def _head(value: ir.Value, kind: str | None) -> Head:
         return Head(name, "bernoulli", activation.inputs[0].name or "")  # type: ignore[union-attr]
     if kind is None:
         kind = "categorical" if rank == 2 and _CLASS_NAMES.search(name) else "gaussian"
-    return Head(name, kind, name, axis=1 if rank == 4 else -1)
+    return Head(name, kind, name, axis=1 if rank >= 4 else -1)
+
+
+def _inner_head(value: ir.Value, node: ir.Node, kind: str | None) -> Head:
+    """The head of a value that a node of the post-processing reads."""
+    head = _head(value, kind)
+    if node.op_type == "ArgMax" and kind is None and head.kind == "gaussian":
+        head = replace(head, kind="categorical", axis=node.attributes.get_int("axis", 0))
+    return replace(head, read_by=node.op_type)
+
+
+def _is_computed_float(value: ir.Value) -> bool:
+    return value.producer() is not None and (value.dtype is None or value.dtype in _FLOATS)
 
 
 def _final_activation(value: ir.Value) -> ir.Node | None:

@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_kfe.autodiff import Emitter, append_gradients
-from onnx_kfe.calibration._coherence import emit_position_means
+from onnx_kfe.calibration._coherence import emit_cotangent_means, emit_position_means
 from onnx_kfe.calibration._gradients import emit_gate_gradients
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
+from onnx_kfe.calibration._loss import Loss
+from onnx_kfe.calibration._opset import at_opset, working_opset
 from onnx_kfe.calibration._padding import Padding, find_padding
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs, features_last
 from onnx_kfe.errors import KfeError
@@ -33,8 +34,6 @@ __all__ = [
 ]
 
 PHASE_INPUT = "kfe/phase"
-_WORKING_OPSET = 21
-_OLDEST_OPSET = 18
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Probe:
         input_size: Elements of the patches taken.
         cotangent_second_moment: ``[groups, o, o]``, summed over the positions taken.
         cotangent_size: Elements of the cotangents taken.
-        output_size: Elements of the layer's output.
+        output_size: Elements of the layer's output, of a ConvTranspose of its input.
         input_means: The input averaged over the positions of each sample, ``[n, c]``.
         cotangent_means: The cotangent averaged likewise, ``[n, o]``.
         gate_gradients: Derivative of the loss of each sample by a gate on each output channel, ``[n, o]``.
@@ -101,14 +100,7 @@ def differentiable_copy(model: ir.Model) -> ir.Model:
     Raises:
         KfeError: The model cannot be brought to that opset.
     """
-    opset = model.graph.opset_imports.get("", 1)
-    copy = model.clone()
-    if opset < _OLDEST_OPSET:
-        proto = onnx.ModelProto.FromString(serialize(model))
-        try:
-            copy = ir.from_proto(onnx.version_converter.convert_version(proto, _WORKING_OPSET))
-        except Exception as error:
-            raise KfeError(f"the model's opset {opset} cannot be converted to {_WORKING_OPSET}: {error}") from error
+    copy = at_opset(model, working_opset(model))
     return ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy).model
 
 
@@ -143,20 +135,23 @@ class Differentiated:
         return serialize(self.model)
 
 
-def differentiate(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) -> Differentiated:
+def differentiate(
+    model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head], loss: Loss | None = None
+) -> Differentiated:
     """Extend a model with its backward pass, from noise at the heads to the outputs of layers.
 
     Args:
         model: As of `differentiable_copy`; it is changed.
         layers: Layers whose gradients are wanted, at all of their nodes; values are found by name.
         heads: Heads, with their scales.
+        loss: What is differentiated in the place of the heads.
     """
     graph = model.graph
     values = {value.name: value for node in graph for value in node.outputs}
     values |= {value.name: value for value in graph.inputs}
     emit = Emitter(graph, prefix="kfe/")
     padding = find_padding(model)
-    seeds = _seeds(emit, heads, values, padding)
+    seeds = _seeds(emit, heads, values, padding) if loss is None else loss.seeds(emit)
     nodes = [use for layer in layers for use in layer.uses]
     found = [layer for layer in nodes if layer.output in values and layer.input in values]
     skipped = {layer.name: "not found after opset conversion" for layer in nodes if layer not in found}
@@ -177,15 +172,18 @@ def differentiate(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head
     return Differentiated(model, emit, reached, skipped, padding)
 
 
-def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) -> Instrumented:
+def instrument(
+    model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head], loss: Loss | None = None
+) -> Instrumented:
     """Extend a model with its backward pass and the moments of every layer.
 
     Args:
         model: As of `differentiable_copy`; it is changed.
         layers: Layers to collect for; values are found by name.
         heads: Heads, with their scales.
+        loss: What is differentiated in the place of the heads.
     """
-    whole = differentiate(model, layers, heads)
+    whole = differentiate(model, layers, heads, loss)
     emit, lacking = whole.emit, dict(whole.skipped)
     phase = _input(model.graph, PHASE_INPUT, ir.DataType.INT64, [3])
     found: dict[str, list[ir.Value]] = {}
@@ -197,9 +195,9 @@ def instrument(model: ir.Model, layers: Sequence[Layer], heads: Sequence[Head]) 
                 weight = whole.padding.weight(emit, x)
             found[layer.name] = [
                 *emit_inputs(emit, layer, ends[0], y, phase),
-                *emit_cotangents(emit, layer, ends[1], phase),
+                *emit_cotangents(emit, layer, ends[0], ends[1], phase),
                 emit_position_means(emit, layer, x, weight),
-                emit_position_means(emit, layer, cotangent, weight),
+                emit_cotangent_means(emit, layer, x, cotangent, weight),
                 emit_gate_gradients(emit, layer, y, cotangent),
             ]
         except KfeError as error:

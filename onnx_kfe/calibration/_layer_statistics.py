@@ -81,6 +81,9 @@ def _share(part: float, whole: float) -> float:
 class LayerStatistics:
     """Sums over samples and positions of one layer; patches are channel-major, ``i = c * taps``.
 
+    Of a ConvTranspose, where a position of the input writes a patch of the output, positions are those of the input,
+    ``i = c``, and ``o`` below are patches of its cotangent.
+
     Attributes:
         input_second_moment: Sum of ``x x^T``, ``[groups, i, i]``.
         input_sum: Sum of x, ``[groups, i]``.
@@ -88,8 +91,8 @@ class LayerStatistics:
         positions: Number of positions summed over.
         samples: Number of samples N.
         common: What the positions of a sample have in common.
-        saliency_sum: Sum of the squared derivative of a sample's loss by a gate on an output channel, ``[groups, o]``;
-            None in files of before it was collected.
+        saliency_sum: Sum of the squared derivative of a sample's loss by a gate on an output channel, ``[groups,
+            out/groups]``; None in files of before it was collected.
         eigen: Second moments in the eigenbases, summed over samples, where a second pass collected them (EKFAC).
     """
 
@@ -135,6 +138,12 @@ class LayerStatistics:
         )
 
     @property
+    def uncentred(self) -> LayerStatistics:
+        """The same with the means of inputs taken for zero, as where no bias can make up for them."""
+        common = dataclasses.replace(self.common, input_mean=np.zeros_like(self.common.input_mean))
+        return dataclasses.replace(self, input_sum=np.zeros_like(self.input_sum), common=common)
+
+    @property
     def saliency(self) -> Array | None:
         """``E_n[(sum_t y_t g_t)^2]`` of each output channel, ``[groups, o]``: the Fisher of a gate on it."""
         return None if self.saliency_sum is None else self.saliency_sum / self.samples
@@ -154,8 +163,8 @@ class LayerStatistics:
             columns: Input channels kept, ``[in]`` over all groups, as many in each.
         """
         groups, outputs, _ = self.cotangent_second_moment.shape
-        taps = self.input_sum.size // len(columns)
-        row_places = [np.flatnonzero(mask) for mask in rows.reshape(groups, outputs)]
+        taps, written = self.input_sum.size // len(columns), groups * outputs // len(rows)
+        row_places = [np.flatnonzero(np.repeat(mask, written)) for mask in rows.reshape(groups, -1)]
         column_places = [np.flatnonzero(np.repeat(mask, taps)) for mask in columns.reshape(groups, -1)]
         cotangents = _cut(self.cotangent_second_moment, row_places)
         share = float(np.einsum("gii->", cotangents) / max(np.einsum("gii->", self.cotangent_second_moment), _TINY))

@@ -15,11 +15,12 @@ from onnx_kfe.calibration._forward import Forward
 from onnx_kfe.calibration._heads import Head, sample_noise
 from onnx_kfe.calibration._inputs import InputSpec, fixed_batch
 from onnx_kfe.calibration._instrument import PHASE_INPUT, activation_bytes, noise_input
+from onnx_kfe.calibration._loss import Loss
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Network, concrete_shapes, nominal_input_shapes
 from onnx_kfe.runtime import create_session
 
-__all__ = ["ACTIVATION_BUDGET", "Progress", "batch_size", "blocks", "input_specs", "run_pass"]
+__all__ = ["ACTIVATION_BUDGET", "Progress", "batch_size", "blocks", "data_specs", "input_specs", "run_pass"]
 
 ACTIVATION_BUDGET = 2**30  # bytes of activations of one batch, forward and backward together
 _LARGEST_BATCH = 64
@@ -36,6 +37,11 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
         shape = tuple(size if isinstance(size, int) else size.value for size in value.shape or ())
         specs.append(InputSpec(value.name or "", np.dtype(value.dtype.numpy()), shape))
     return specs
+
+
+def data_specs(model: ir.Model, loss: Loss | None) -> list[InputSpec]:
+    """What statistics are collected from: what the model takes and, behind it, what a loss reads besides."""
+    return [*input_specs(model), *(loss.targets if loss is not None else ())]
 
 
 def batch_size(network: Network, input_shapes: Mapping[str, Sequence[int]]) -> int:
@@ -75,6 +81,7 @@ def run_pass(
     heads: list[Head],
     seed: int,
     *,
+    loss: Loss | None = None,
     providers: Sequence[str],
     threads: int | None,
     progress: Progress,
@@ -88,6 +95,7 @@ def run_pass(
         forward: The model up to its heads.
         heads: The heads, with their scales.
         seed: Seed of noise and positions.
+        loss: What is differentiated in the place of the heads.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
         progress: Called with the number of samples done since the last call.
@@ -100,20 +108,22 @@ def run_pass(
     """
     session = create_session(model, providers=providers, threads=threads)
     for block, batch in numbered:
-        feeds = _feeds(session, batch, forward, heads, seed, block)
+        given = _noise(batch, forward, heads, seed) if loss is None else loss.feeds(batch)
+        feeds = _feeds(session, batch, given, seed, block)
         yield len(batch), dict(zip(names, _run(session, names, feeds), strict=True))
         progress(len(batch))
 
 
-def _feeds(
-    session: Any, batch: Batch, forward: Forward, heads: list[Head], seed: int, block: int
-) -> dict[str, np.ndarray]:
+def _noise(batch: Batch, forward: Forward, heads: list[Head], seed: int) -> dict[str, np.ndarray]:
     shapes = forward.sample_shapes(batch)
     drawn = [sample_noise(heads, shapes, seed, int(index)) for index in batch.indices]
-    noise = {noise_input(head): np.concatenate([row[place] for row in drawn]) for place, head in enumerate(heads)}
+    return {noise_input(head): np.concatenate([row[place] for row in drawn]) for place, head in enumerate(heads)}
+
+
+def _feeds(session: Any, batch: Batch, given: Mapping[str, np.ndarray], seed: int, block: int) -> dict[str, np.ndarray]:
     first = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64))).integers(0, 2**20, 3)
     phase = first + block  # successive batches take successive rows, so that all are taken equally often
-    feeds = {**batch.feeds, **noise, PHASE_INPUT: phase}
+    feeds = {**batch.feeds, **given, PHASE_INPUT: phase}
     return {value.name: feeds[value.name] for value in session.get_inputs()}
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "channel_major",
     "emit_cotangents",
     "emit_inputs",
+    "emit_mean_patches",
     "emit_patches",
     "emit_samples",
     "features_last",
@@ -65,15 +66,17 @@ def channel_major(geometry: Geometry) -> np.ndarray:
         geometry: Of the layer.
 
     Returns:
-        ``[i]``, for patches in channel-major order.
+        ``[i]``, for patches in channel-major order; of a ConvTranspose ``[o]``, as its gradients come in patches.
     """
-    taps, channels = geometry.taps, geometry.patch_size // geometry.taps
+    taps, channels = geometry.taps, _patched(geometry).patch_size // geometry.taps
     stacked = np.arange(taps).reshape(geometry.kernel[::-1]).T.reshape(-1)
     return (np.arange(channels)[:, None] + channels * stacked).reshape(-1)
 
 
 def emit_inputs(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir.Value) -> Moments:
     """Sum of ``x x^T``, sum of x and element count of the patches on the grid, tap-major with the last axis slowest.
+
+    Of a ConvTranspose, which reads single positions, these are the patches.
 
     Args:
         emit: Where the nodes go.
@@ -89,32 +92,39 @@ def emit_inputs(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir
         KfeError: The geometry cannot be expressed; the message is the reason to skip the layer.
     """
     geometry = _geometry(layer)
-    share = min(1.0, _INPUT_COST * geometry.out_channels / geometry.groups / geometry.patch_size)
-    if layer.op_type != "Conv":
+    share = min(1.0, _INPUT_COST * geometry.cotangent_size / geometry.patch_size)
+    if not geometry.kernel:
         return _row_moments(emit, _rows(emit, x, geometry.in_channels, share, phase))
-    patches = emit_patches(emit, layer, x, y, grid_strides(_extent(y), share), phase)
-    columns = _columns(emit, patches, geometry.groups, geometry.taps, geometry.patch_size)
-    return _second_moments(emit, columns, geometry.groups)
+    if geometry.transposed:
+        return _grid_moments(emit, x, geometry.groups, geometry.patch_size, share, phase)
+    return _patch_moments(emit, layer, x, y, share, phase)
 
 
-def emit_cotangents(emit: Emitter, layer: Layer, g: ir.Value, phase: ir.Value) -> Moments:
-    """Sum of ``g g^T`` on the grid, its element count, and the element count of all of g.
+def emit_cotangents(emit: Emitter, layer: Layer, x: ir.Value, g: ir.Value, phase: ir.Value) -> Moments:
+    """Sum of ``g g^T`` on the grid, its element count, and the element count of what has all positions.
+
+    Of a ConvTranspose, where a position of the input writes a patch of the output, these are patches of g, and the
+    element count is that of x; else it is that of g.
 
     Args:
         emit: Where the nodes go.
         layer: The layer.
+        x: Its input.
         g: Cotangent of its output.
         phase: Three int64 that move the grid.
+
+    Raises:
+        KfeError: The geometry cannot be expressed; the message is the reason to skip the layer.
     """
     geometry = _geometry(layer)
-    total = emit.op("Size", g, dtype=_INT64, shape=())
-    share = min(1.0, _OUTPUT_COST * geometry.patch_size / (geometry.out_channels / geometry.groups))
-    if layer.op_type != "Conv":
+    total = emit.op("Size", x if geometry.transposed else g, dtype=_INT64, shape=())
+    share = min(1.0, _OUTPUT_COST * geometry.patch_size / geometry.cotangent_size)
+    if not geometry.kernel:
         moment, _, size = _row_moments(emit, _rows(emit, g, geometry.out_channels, share, phase))
-        return moment, size, total
-    columns = _output_grid(emit, g, grid_strides(_extent(g), share), phase)
-    columns = _columns(emit, columns, geometry.groups, 1, geometry.out_channels // geometry.groups)
-    moment, _, size = _second_moments(emit, columns, geometry.groups)
+    elif geometry.transposed:
+        moment, _, size = _patch_moments(emit, layer, g, x, share, phase)
+    else:
+        moment, _, size = _grid_moments(emit, g, geometry.groups, geometry.cotangent_size, share, phase)
     return moment, size, total
 
 
@@ -122,6 +132,8 @@ def emit_samples(
     emit: Emitter, layer: Layer, x: ir.Value, outputs: Sequence[ir.Value], phase: ir.Value, share: float
 ) -> list[ir.Value]:
     """Patches, in the order of `emit_inputs`, and values of the shape of the layer's output, on one grid.
+
+    For all layers but ConvTranspose.
 
     Args:
         emit: Where the nodes go.
@@ -137,7 +149,7 @@ def emit_samples(
     geometry = _geometry(layer)
     groups, patch, out = geometry.groups, geometry.patch_size, geometry.out_channels // geometry.groups
     sizes = [patch, *[out] * len(outputs)]
-    if layer.op_type != "Conv":
+    if not geometry.kernel:
         rows = [_rows(emit, v, size, share, phase) for v, size in zip((x, *outputs), sizes, strict=True)]
         columns = [emit.op("Transpose", v, perm=[1, 0]) for v in rows]
     else:
@@ -154,6 +166,11 @@ def _geometry(layer: Layer) -> Geometry:
     return layer.geometry
 
 
+def _patched(geometry: Geometry) -> Geometry:
+    """Of the convolution that takes patches: the layer itself, or the one that a ConvTranspose is the adjoint of."""
+    return geometry.adjoint if geometry.transposed else geometry
+
+
 def emit_patches(
     emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, strides: Sequence[int], phase: ir.Value
 ) -> ir.Value:
@@ -161,9 +178,9 @@ def emit_patches(
 
     Args:
         emit: Where the nodes go.
-        layer: The convolution.
-        x: An input of it.
-        y: Its output.
+        layer: The convolution, or the ConvTranspose that is its adjoint.
+        x: What the patches are of: an input of the convolution, an output of the ConvTranspose.
+        y: What has their positions: the output of the convolution, the input of the ConvTranspose.
         strides: Of the grid, along each axis.
         phase: Three int64 that move the grid.
 
@@ -173,14 +190,8 @@ def emit_patches(
     Raises:
         KfeError: The geometry cannot be expressed.
     """
-    geometry = _geometry(layer)
-    spatial = len(geometry.kernel)
-    dilations = layer.node.attributes.get_ints("dilations", [1] * spatial)
-    pads = _pads(layer, x, dilations)
-    axes = [
-        _Axis(j, geometry.kernel[j], geometry.strides[j], dilations[j], pads[j], pads[spatial + j], strides[j])
-        for j in range(spatial)
-    ]
+    spatial = len(strides)
+    axes = _axes(layer, x, strides)
     x = float32(emit, x)
     first = axes[0]
     x = emit.op("Unsqueeze", x, emit.ints(2)) if first.trivial else _gather_rows(emit, x, y, first, spatial, phase)
@@ -188,6 +199,29 @@ def emit_patches(
     for axis in axes[1:]:
         x = x if axis.trivial else _slice_taps(emit, x, y, axis, spatial, phase)
     return x
+
+
+def emit_mean_patches(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The patches of each sample averaged over all positions: ``[n, i]``. Axis by axis, so that none is written out.
+
+    Args:
+        emit: Where the nodes go.
+        layer: As of `emit_patches`.
+        x: What the patches are of.
+        y: What has their positions.
+
+    Raises:
+        KfeError: The geometry cannot be expressed.
+    """
+    spatial = len(_geometry(layer).kernel)
+    phase = emit.ints(0, 0, 0)
+    means = emit.op(
+        "Unsqueeze", emit.op("Transpose", float32(emit, x), perm=[1, 0, *range(2, 2 + spatial)]), emit.ints(0)
+    )
+    for axis in _axes(layer, x, [1] * spatial):
+        means = _slice_taps(emit, means, y, axis, spatial, phase)
+        means = emit.op("ReduceMean", means, emit.ints(3 + axis.index), keepdims=1)
+    return emit.op("Reshape", emit.op("Transpose", means, perm=[2, 0, 1, *range(3, 3 + spatial)]), emit.ints(0, -1))
 
 
 @dataclass(frozen=True)
@@ -211,6 +245,17 @@ class _Axis:
     def offsets(self) -> list[int]:
         """Where each tap is, relative to the first."""
         return [tap * self.dilation for tap in range(self.kernel)]
+
+
+def _axes(layer: Layer, x: ir.Value, grid: Sequence[int]) -> list[_Axis]:
+    geometry = _geometry(layer)
+    spatial = len(geometry.kernel)
+    dilations = layer.node.attributes.get_ints("dilations", [1] * spatial)
+    pads = _pads(layer, x, dilations)
+    return [
+        _Axis(j, geometry.kernel[j], geometry.strides[j], dilations[j], pads[j], pads[spatial + j], grid[j])
+        for j in range(spatial)
+    ]
 
 
 def _gather_rows(emit: Emitter, x: ir.Value, y: ir.Value, axis: _Axis, spatial: int, phase: ir.Value) -> ir.Value:
@@ -258,11 +303,15 @@ def _pads(layer: Layer, x: ir.Value, dilations: Sequence[int]) -> list[int]:
     if mode == "VALID":
         return [0] * 2 * len(geometry.kernel)
     begin, end = [], []
-    for size, k, d, s in zip(_extent(x), geometry.kernel, dilations, geometry.strides, strict=True):
-        if size is None and s > 1:
-            raise KfeError(f"auto_pad {mode} with a stride and a free input size")
+    added = attributes.get_ints("output_padding", [0] * len(geometry.kernel))
+    for size, k, d, s, more in zip(_extent(x), geometry.kernel, dilations, geometry.strides, added, strict=True):
         reach = d * (k - 1) + 1
-        total = reach - 1 if s == 1 or size is None else max((-(-size // s) - 1) * s + reach - size, 0)
+        if geometry.transposed:
+            total = max(reach + more - s, 0)
+        elif size is None and s > 1:
+            raise KfeError(f"auto_pad {mode} with a stride and a free input size")
+        else:
+            total = reach - 1 if s == 1 or size is None else max((-(-size // s) - 1) * s + reach - size, 0)
         begin.append(total // 2 if mode == "SAME_UPPER" else total - total // 2)
         end.append(total - begin[-1])
     return begin + end
@@ -317,6 +366,20 @@ def _columns(emit: Emitter, x: ir.Value, groups: int, taps: int, size: int) -> i
     return emit.op("Reshape", columns, emit.ints(groups, size, -1), shape=(groups, size, None))
 
 
+def _patch_moments(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, share: float, phase: ir.Value) -> Moments:
+    """Of patches, see `emit_patches`."""
+    geometry = _patched(_geometry(layer))
+    patches = emit_patches(emit, layer, x, y, grid_strides(_extent(y), share), phase)
+    columns = _columns(emit, patches, geometry.groups, geometry.taps, geometry.patch_size)
+    return _second_moments(emit, columns, geometry.groups)
+
+
+def _grid_moments(emit: Emitter, y: ir.Value, groups: int, size: int, share: float, phase: ir.Value) -> Moments:
+    """Of single positions."""
+    columns = _output_grid(emit, y, grid_strides(_extent(y), share), phase)
+    return _second_moments(emit, _columns(emit, columns, groups, 1, size), groups)
+
+
 def _second_moments(emit: Emitter, columns: ir.Value, groups: int) -> Moments:
     if groups == 1:
         moment = emit.op("Gemm", columns, columns, transB=1)
@@ -327,14 +390,26 @@ def _second_moments(emit: Emitter, columns: ir.Value, groups: int) -> Moments:
 
 
 def _rows(emit: Emitter, x: ir.Value, features: int, share: float, phase: ir.Value) -> ir.Value:
-    """``[..., features]`` to one row a position, thinned along the last position axis where there is one."""
-    x = float32(emit, x)
-    if x.shape is not None and len(x.shape) >= 3 and share < 1:
-        place = len(x.shape) - 2
-        length = x.shape[place]
-        (stride,) = grid_strides([length if isinstance(length, int) else None], share)
-        x = _thin(emit, x, place - 2, stride, phase)
-    return emit.op("Reshape", x, emit.ints(-1, features), shape=(None, features))
+    """``[..., features]`` to one row a position, thinned along the last position axis where there is one.
+
+    The positions taken move on by one from entry to entry of the axes before, for where a sequence is read out at one
+    position alone, as at its beginning, no other has a gradient.
+    """
+    rows = emit.op("Reshape", float32(emit, x), emit.ints(-1, features), shape=(None, features))
+    if x.shape is None or len(x.shape) < 3 or share >= 1:
+        return rows
+    extent = x.shape[-2]
+    (stride,) = grid_strides([extent if isinstance(extent, int) else None], share)
+    if stride == 1:
+        return rows
+    length = emit.op("Max", emit.size_of(x, -2), emit.ints(1), dtype=_INT64)
+    scalars = (emit.size_of(rows, 0), length, _start(emit, x, len(x.shape) - 4, stride, phase))
+    count, length, start = (emit.op("Squeeze", value, dtype=_INT64) for value in scalars)
+    even = emit.op("Range", start, count, emit.constant(np.array(stride, np.int64)), dtype=_INT64)
+    entry = emit.op("Div", even, length, dtype=_INT64)
+    place = emit.op("Mod", emit.op("Add", even, entry, dtype=_INT64), length, dtype=_INT64)
+    taken = emit.op("Add", emit.op("Mul", entry, length, dtype=_INT64), place, dtype=_INT64)
+    return emit.op("Gather", rows, taken, axis=0, shape=(None, features))
 
 
 def _row_moments(emit: Emitter, rows: ir.Value) -> Moments:
@@ -351,7 +426,7 @@ def position_axes(layer: Layer, value: ir.Value) -> range:
         value: Its input, its output or a cotangent.
     """
     rank = len(value.shape or (None, None))
-    return range(2, rank) if layer.op_type == "Conv" else range(1, rank - 1)
+    return range(2, rank) if _geometry(layer).kernel else range(1, rank - 1)
 
 
 def features_last(emit: Emitter, layer: Layer, value: ir.Value) -> ir.Value:

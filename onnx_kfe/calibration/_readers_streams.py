@@ -118,7 +118,7 @@ def is_function_name(text: str) -> bool:
     return _FUNCTION_NAME.fullmatch(text) is not None
 
 
-def import_function(name: str) -> Callable[[], object]:
+def import_function(name: str) -> Callable[..., object]:
     """Import ``package.module:function``, where the module may lie in the current directory.
 
     Raises:
@@ -134,5 +134,5 @@ def import_function(name: str) -> Callable[[], object]:
     except Exception as error:  # a module may raise anything while it is imported
         raise UsageError(f"{name}: cannot be imported: {type(error).__name__}: {one_line(error)}") from error
     if not callable(found):
-        raise UsageError(f"{name}: is {type(found).__name__}, expected a function that takes nothing and yields dicts")
+        raise UsageError(f"{name}: is {type(found).__name__}, expected a function")
     return found

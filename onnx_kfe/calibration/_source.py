@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from onnx_kfe.calibration._images import ImageOptions
 from onnx_kfe.calibration._inputs import InputSpec, Label, Sample, Table
 
-__all__ = ["Concatenation", "CorruptSample", "Loader", "PathReader", "Request", "Source", "TableSource"]
+__all__ = ["Concatenation", "CorruptSample", "Loader", "Narrowed", "PathReader", "Request", "Source", "TableSource"]
 
 Loader = Callable[[], tuple[Sample, Label | None]]
 """Reads one sample and its label when called: what is not wanted is never decoded."""
@@ -65,6 +65,39 @@ class Concatenation(Source):
         """Return the labels if every part has them."""
         labels = [part.labels() for part in self.parts]
         return None if None in labels else [label for part in labels if part is not None for label in part]
+
+
+class Narrowed(Source):
+    """The samples of another source with some of their arrays left out.
+
+    Args:
+        source: The other source.
+        names: The arrays that stay.
+    """
+
+    def __init__(self, source: Source, names: Collection[str]) -> None:
+        self._source = source
+        self._names = names
+
+    def loaders(self) -> Iterator[Loader]:
+        """Yield the loaders of the samples."""
+        return (partial(self._load, loader) for loader in self._source.loaders())
+
+    def _load(self, loader: Loader) -> tuple[Sample, Label | None]:
+        sample, label = loader()
+        return {name: sample[name] for name in sample if name in self._names}, label
+
+    def describe(self) -> str:
+        """Describe the other source."""
+        return self._source.describe()
+
+    def count(self) -> int | None:
+        """Return the number of samples of the other source."""
+        return self._source.count()
+
+    def labels(self) -> Sequence[Label] | None:
+        """Return the labels of the other source."""
+        return self._source.labels()
 
 
 class TableSource(Source):

@@ -17,7 +17,7 @@ import safetensors.numpy
 import onnx_kfe
 from onnx_kfe.calibration._heads import Head
 from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
-from onnx_kfe.errors import KfeError
+from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.graph import replace_whole
 from onnx_kfe.kfe import Array, EigenMoments
 
@@ -41,6 +41,7 @@ class Statistics:
         skipped: Reason by layer name for the layers without statistics.
         shards: Shards that are in it, as ``(index, count)``; ``(0, 1)`` is a whole collection.
         versions: Versions of what computed them.
+        loss: Fingerprint of the loss that was differentiated in the place of the heads; None for the heads.
     """
 
     model_hash: str
@@ -52,6 +53,7 @@ class Statistics:
     skipped: dict[str, str] = field(default_factory=dict)
     shards: list[tuple[int, int]] = field(default_factory=lambda: [(0, 1)])
     versions: dict[str, str] = field(default_factory=lambda: {"onnx-kfe": onnx_kfe.__version__})
+    loss: str | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as safetensors, sums in float64, whole or not at all."""
@@ -64,7 +66,7 @@ class Statistics:
             "model_hash": self.model_hash, "seed": self.seed, "samples": self.samples,
             "heads": [dataclasses.asdict(head) for head in self.heads], "input_shapes": self.input_shapes,
             "layers": {name: layer.samples for name, layer in self.layers.items()}, "skipped": self.skipped,
-            "shards": self.shards, "versions": self.versions,
+            "shards": self.shards, "versions": self.versions, "loss": self.loss,
         }  # fmt: skip
         metadata = {"format": _FORMAT, "statistics": json.dumps(header)}
         replace_whole(path, safetensors.numpy.save(tensors, metadata))
@@ -107,6 +109,7 @@ class Statistics:
             header["model_hash"], header["seed"], header["samples"], [Head(**head) for head in header["heads"]],
             {name: tuple(shape) for name, shape in header["input_shapes"].items()}, layers, header["skipped"],
             [(index, count) for index, count in header["shards"]], header["versions"],
+            header.get("loss"),
         )  # fmt: skip
 
     def check_model(self, model_hash: str, name: str = "the model") -> None:
@@ -117,6 +120,16 @@ class Statistics:
         """
         if self.model_hash != model_hash:
             raise KfeError(f"the statistics belong to another model than {name}: collect them again")
+
+    def check_loss(self, fingerprint: str | None) -> None:
+        """Raise unless this loss was differentiated, or the heads for None.
+
+        Raises:
+            UsageError: It was something else.
+        """
+        if self.loss != fingerprint:
+            own = "the heads of the model" if self.loss is None else "another loss"
+            raise UsageError(f"--loss: the statistics were collected with {own}: collect them again, or give that one")
 
 
 def _tensors(layer: LayerStatistics) -> dict[str, Any]:
@@ -139,13 +152,13 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
     """Add the shards of one collection; the result equals the single run up to rounding.
 
     Raises:
-        KfeError: The parts differ in model, seed or heads, or a shard is there twice.
+        KfeError: The parts differ in model, seed, heads or loss, or a shard is there twice.
     """
     if not parts:
         raise KfeError("nothing to merge")
     first = parts[0]
     for part in parts[1:]:
-        for attribute in ("model_hash", "seed", "heads"):
+        for attribute in ("model_hash", "seed", "heads", "loss"):
             if getattr(part, attribute) != getattr(first, attribute):
                 raise KfeError(f"cannot merge statistics with different {attribute.replace('_', ' ')}")
     shards = [shard for part in parts for shard in part.shards]

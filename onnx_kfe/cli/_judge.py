@@ -27,11 +27,12 @@ def evaluate(
     ] = None,
     labels: options.Labels = None,
     heads: options.Heads,
+    metric: options.Metric = None,
     images: options.Images,
     machine: options.Machine,
     json: options.Json = False,
 ) -> None:
-    """Measure accuracy where the data have labels, and fidelity to --reference."""
+    """Measure accuracy where the data have labels, and fidelity to --reference; with --metric one number of both."""
     quality = kfe.evaluate(
         model,
         options.required(data),
@@ -39,6 +40,7 @@ def evaluate(
         images=images.given,
         labels=labels,
         heads=heads.given,
+        metric=metric,
         max_samples=max_samples,
         progress=console.ShownProgress(),
         **machine.given,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -71,6 +72,7 @@ class HeadSpec:
         probabilities: Whether the output is already a probability; logits when False. No meaning for "gaussian".
         axis: Axis of the classes (of the channels, for "gaussian"); None for 1 from rank 4 up, else the last.
         scale: Standard deviation by which a Gaussian head is measured in nats; None where it is unknown.
+        weight: Factor on its nats, by which several heads weigh alike.
 
     Raises:
         UsageError: The kind is none of these.
@@ -81,6 +83,7 @@ class HeadSpec:
     probabilities: bool = False
     axis: int | None = None
     scale: float | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in _COMPARISONS:
@@ -112,10 +115,12 @@ class HeadQuality:
             of 0.5 (bernoulli). Its interval takes samples, not positions, as independent.
         kl: Mean KL(reference || model) of a sample in nats, summed over its positions.
         nats: What the loss that K-FAC predicts amounts to: `kl`, or for a Gaussian head of known scale half the squared
-            error of a sample in units of that scale.
+            error of a sample in units of that scale; times the weight of the head among several.
         relative_error: sqrt(sum ||y - y_ref||^2 / sum ||y_ref - mean||^2), the mean over the data for each channel.
         interval: 95 % interval of `kl` or of `relative_error`, whichever the head has; None where it has no meaning.
         decisions: Number of decisions that were compared; 0 for a Gaussian head.
+        classes: Number of classes of a categorical head; 1 for others.
+        positions: Number of decisions of a sample; 1 for a Gaussian head.
     """
 
     name: str
@@ -126,6 +131,8 @@ class HeadQuality:
     relative_error: float | None = None
     interval: tuple[float, float] | None = None
     decisions: int = 0
+    classes: int = 1
+    positions: int = 1
 
 
 class Comparison(Protocol):
@@ -145,18 +152,20 @@ def compare(spec: HeadSpec) -> Comparison:
     return _COMPARISONS[spec.kind](spec)
 
 
-class _Decisions:
+class _Decisions(ABC):
     """What categorical and Bernoulli heads share: counts of equal decisions and a sum of divergences."""
 
     def __init__(self, spec: HeadSpec) -> None:
         self.spec = spec
         self.samples = self.decisions = self.same = 0
+        self.classes = 1
         self.kl = self.kl_squares = 0.0
 
     def update(self, reference: np.ndarray, output: np.ndarray) -> None:
         old, new = self.spec.rows(reference), self.spec.rows(output)
         same = self.decide(old) == self.decide(new)
         self.samples += len(old)
+        self.classes = old.shape[-1] if self.spec.kind == "categorical" else 1
         self.decisions += same.size
         self.same += int(same.sum())
         divergences = _divergences(self.log_probabilities(old), self.log_probabilities(new))
@@ -166,14 +175,19 @@ class _Decisions:
     def result(self) -> HeadQuality:
         agreement = Rate.wilson(self.same / self.decisions, self.samples)
         kl = Mean.of(self.kl, self.kl_squares, self.samples)
-        quality = HeadQuality(self.spec.name, self.spec.kind, agreement, kl.value, kl.value, decisions=self.decisions)
-        return replace(quality, interval=(kl.low, kl.high))
+        quality = HeadQuality(self.spec.name, self.spec.kind, agreement, kl.value, decisions=self.decisions)
+        return replace(
+            quality, nats=self.spec.weight * kl.value, interval=(kl.low, kl.high),
+            classes=self.classes, positions=self.decisions // self.samples,
+        )  # fmt: skip
 
+    @abstractmethod
     def decide(self, rows: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """The decision at each position, ``[samples, positions]``; for Bernoulli heads each element decides."""
 
+    @abstractmethod
     def log_probabilities(self, rows: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """The logarithms of the probabilities of what can be decided, on the last axis."""
 
 
 class _Categorical(_Decisions):
@@ -226,7 +240,7 @@ class _Gaussian:
 
     def result(self) -> HeadQuality:
         scale = self.spec.scale
-        nats = self.error / self.samples / (2 * scale**2) if scale else None
+        nats = self.spec.weight * self.error / self.samples / (2 * scale**2) if scale else None
         if not self.scatter:
             constant = math.inf if self.error else 0.0  # any error of a constant output is beyond measure
             return HeadQuality(self.spec.name, self.spec.kind, nats=nats, relative_error=constant)

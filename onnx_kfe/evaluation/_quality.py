@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, Protocol
 
@@ -13,6 +13,8 @@ import numpy as np
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.evaluation._fidelity import HeadQuality, HeadSpec, Rate, check_outputs, compare
 from onnx_kfe.evaluation._run import Model, open_model, run
+from onnx_kfe.evaluation._scorers import Score, class_labels, label_ranks
+from onnx_kfe.evaluation._scoring import Scoring
 
 _MODEL, _REFERENCE = "the model", "the reference model"
 _FLOATS = ("tensor(float16)", "tensor(float)", "tensor(double)")
@@ -54,6 +56,7 @@ class Quality:
         heads: Fidelity of each head to the reference; empty without a reference.
         lost: Share of the labels that the reference has right and the model wrong; None without both accuracies.
         gained: Share that the model has right and the reference wrong; None without both accuracies.
+        score: What the metric that was asked for says; None without one.
     """
 
     samples: int
@@ -62,6 +65,7 @@ class Quality:
     heads: tuple[HeadQuality, ...]
     lost: float | None = None
     gained: float | None = None
+    score: Score | None = None
 
     @property
     def divergence(self) -> float | None:
@@ -80,10 +84,11 @@ def evaluate(
     *,
     reference: Model | None = None,
     heads: Sequence[HeadSpec] | None = None,
+    metric: str | None = None,
     providers: Sequence[str] = (),
     threads: int | None = None,
 ) -> Quality:
-    """Measure a model over data, in one pass and in memory that does not grow with the number of samples.
+    """Measure a model over data, in one pass and in memory that grows with the samples by what a metric keeps alone.
 
     Args:
         model: Serialised model or its path.
@@ -92,6 +97,8 @@ def evaluate(
         heads: How to read the outputs; labels belong to the first categorical one. None takes every floating-point
             output that both models have: with labels the first that looks like class scores is categorical, every
             other one is Gaussian.
+        metric: Key of `METRICS` or ``package.module:function``, for how much worse the model is than the reference.
+            The function takes batches of one sample.
         providers: Execution providers in order of preference; CPU when empty.
         threads: Intra-operator threads; all cores when None.
 
@@ -99,7 +106,7 @@ def evaluate(
         Accuracy with labels, fidelity with a reference, both with both.
 
     Raises:
-        UsageError: A head is not an output, or there is nothing to measure against.
+        UsageError: A head is not an output, there is nothing to measure against, or the metric does not fit.
         KfeError: The data is empty, a label is no class, the models' outputs differ in shape or are not finite, or
             ONNX Runtime fails.
     """
@@ -110,14 +117,26 @@ def evaluate(
         raise KfeError("the data has no samples to evaluate on")
     specs = _guess_heads(sessions, first) if heads is None else tuple(heads)
     _check_heads(specs, sessions)
-    meter = _Meter(specs, labelled=first.labels is not None, compared=reference is not None)
+    names = [spec.name for spec in specs]
+    scoring = None
+    if metric is not None:
+        reference_session = sessions.get(_REFERENCE)
+        values = [] if reference_session is None else run(_REFERENCE, reference_session, first.feeds, names)
+        scoring = Scoring(metric, specs, reference_session, values, first.labels is not None)
+    classes = first.labels is not None and not (scoring is not None and scoring.own_labels)
+    meter = _Meter(specs, labelled=classes, compared=reference is not None)
     for batch in chain([first], batches):
         outputs = {}
         for who, session in sessions.items():
-            values = run(who, session, batch.feeds, [spec.name for spec in specs])
-            outputs[who] = {spec.name: value for spec, value in zip(specs, values, strict=True)}
-        meter.update(outputs, batch.labels)
-    return meter.result()
+            wanted = names if scoring is None else scoring.outputs(names)
+            outputs[who] = dict(zip(wanted, run(who, session, batch.feeds, wanted), strict=True))
+        if (batch.labels is None) != (first.labels is None):
+            raise KfeError("some batches of the data have labels and some have none: give all or none")
+        meter.update(outputs, batch.labels if classes else None)
+        if scoring is not None:
+            scoring.update(outputs[_REFERENCE], outputs[_MODEL], batch.labels)
+    quality = meter.result()
+    return quality if scoring is None else replace(quality, score=scoring.result(quality))
 
 
 class _Meter:
@@ -135,8 +154,6 @@ class _Meter:
             raise UsageError(f"there is nothing to measure quality against: give a reference model or {lacks}")
 
     def update(self, outputs: Mapping[str, Mapping[str, np.ndarray]], labels: np.ndarray | None) -> None:
-        if (labels is not None) != self.labelled:
-            raise KfeError("some batches of the data have labels and some have none: give all or none")
         for who, values in outputs.items():
             for spec in self.specs:
                 check_outputs(spec, who, values[spec.name])
@@ -172,19 +189,9 @@ class _Hits:
     def update(self, output: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Count, and say which labels were put first."""
         scores = self.spec.rows(output)
-        samples, positions, self.classes = scores.shape
-        if not np.issubdtype(labels.dtype, np.integer) or labels.size != samples * positions:
-            raise KfeError(
-                f"labels of head '{self.spec.name}' must be {samples * positions} integers in this batch, "
-                f"not {labels.dtype} {list(labels.shape)}"
-            )
-        index = labels.reshape(samples, positions, 1).astype(np.int64)
-        if index.size and not (index.min() >= 0 and index.max() < self.classes):
-            wrong = index.max() if index.max() >= self.classes else index.min()
-            raise KfeError(f"label {wrong} is no class of head '{self.spec.name}', which has {self.classes}")
-        own = np.take_along_axis(scores, index, -1)
-        earlier = np.arange(self.classes) < index
-        rank = ((scores > own) | ((scores == own) & earlier)).sum(-1)
+        samples, _, self.classes = scores.shape
+        index = class_labels(self.spec, labels, scores.shape)[..., None]
+        rank = label_ranks(scores, index)
         self.samples += samples
         self.labels += rank.size
         self.top1 += int((rank == 0).sum())

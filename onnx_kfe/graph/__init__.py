@@ -1,6 +1,7 @@
 """The model as a graph: loading and saving, normalising, shapes and layers."""
 
 from onnx_kfe.graph._branches import Branch, Junction, find_branches, find_junction, only_feeding
+from onnx_kfe.graph._embeddings import find_embeddings
 from onnx_kfe.graph._io import (
     ModelSource,
     check_output,
@@ -22,6 +23,7 @@ from onnx_kfe.graph._layers import (
 )
 from onnx_kfe.graph._network import Network, open_network
 from onnx_kfe.graph._normalize import normalize
+from onnx_kfe.graph._outputs import computed_values, with_outputs
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 from onnx_kfe.graph.groups import ChannelGroup, ChannelGroups, LayerCut, Member, find_groups
 
@@ -37,10 +39,12 @@ __all__ = [
     "ModelSource",
     "Network",
     "check_output",
+    "computed_values",
     "concrete_shapes",
     "count_macs",
     "count_parameters",
     "find_branches",
+    "find_embeddings",
     "find_groups",
     "find_junction",
     "find_layers",
@@ -56,4 +60,5 @@ __all__ = [
     "serialize",
     "source_name",
     "weight_place",
+    "with_outputs",
 ]

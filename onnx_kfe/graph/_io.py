@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import TopologicalSortPass
 
 from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.graph.fusions import is_fusion
 
 __all__ = ["ModelSource", "check_output", "fingerprint", "load", "replace_whole", "save", "serialize", "source_name"]
 
@@ -74,7 +75,7 @@ def _checked(model: ir.Model, name: str) -> ir.Model:
             if value is not None and not _is_defined(value):
                 raise KfeError(f"{name}: node '{called}' reads '{value.name}', which nothing computes")
         known = node.domain != "" or node.op_identifier() in model.functions or onnx.defs.has(node.op_type, opset)
-        if not known:
+        if not (known or is_fusion(node, opset)):
             raise KfeError(f"{name}: operator {node.op_type} (node '{called}') does not exist in opset {opset}")
     for tensor in _external_tensors(model):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +12,12 @@ import onnx_ir as ir
 
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 from onnx_kfe.graph._shared import tied
+from onnx_kfe.graph.fusions import reason_kept
 
 __all__ = ["Geometry", "Layer", "count_macs", "count_parameters", "find_layers", "initializer_array", "weight_place"]
 
-_LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+_LINEAR = (*_CONVOLUTIONS, "Gemm", "MatMul")
 _LARGEST_PATCH = 12_288  # whose covariance takes 1.2 GB in double precision, several times while it is decomposed
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 Array = npt.NDArray[np.float64]
@@ -31,10 +33,10 @@ class Geometry:
         kernel: Spatial extent of the kernel; empty for Gemm and MatMul.
         strides: One stride for each spatial axis.
         groups: Groups of a convolution; 1 otherwise.
-        output_size: Spatial extent of the output; empty for Gemm and MatMul. Of a ConvTranspose that of the input,
-            where every position meets every tap.
+        output_size: Spatial extent of the output; empty for Gemm and MatMul.
         input_size: Spatial extent of the input.
         repeats: How often the layer runs for one sample: leading axes but the batch.
+        transposed: Whether it is a ConvTranspose: each position of the input writes a patch of the output.
     """
 
     in_channels: int
@@ -45,11 +47,12 @@ class Geometry:
     output_size: tuple[int, ...] = ()
     input_size: tuple[int, ...] = ()
     repeats: int = 1
+    transposed: bool = False
 
     @property
     def positions(self) -> int:
-        """Output positions T of one sample."""
-        return self.repeats * math.prod(self.output_size)
+        """Positions T of one sample where the weight is applied: of the output, of a ConvTranspose of the input."""
+        return self.repeats * math.prod(self.input_size if self.transposed else self.output_size)
 
     @property
     def taps(self) -> int:
@@ -58,18 +61,31 @@ class Geometry:
 
     @property
     def patch_size(self) -> int:
-        """Length i of a patch of one group: input channels of the group times taps."""
-        return self.in_channels // self.groups * self.taps
+        """Length i of what one group reads at a position: its input channels, times taps unless transposed."""
+        return self.in_channels // self.groups * (1 if self.transposed else self.taps)
+
+    @property
+    def cotangent_size(self) -> int:
+        """Length o of what one group writes at a position: its output channels, times taps where transposed."""
+        return self.out_channels // self.groups * (self.taps if self.transposed else 1)
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one sample."""
-        return self.positions * self.out_channels * self.patch_size
+        return self.positions * self.weight_parameters
 
     @property
     def weight_parameters(self) -> int:
         """Elements of the weight, without bias."""
-        return self.out_channels * self.patch_size
+        return self.groups * self.cotangent_size * self.patch_size
+
+    @property
+    def adjoint(self) -> Geometry:
+        """Of the layer that passes gradients back: what is read becomes what is written."""
+        return replace(
+            self, in_channels=self.out_channels, out_channels=self.in_channels, output_size=self.input_size,
+            input_size=self.output_size, transposed=not self.transposed,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,7 @@ class Layer:
 
     Attributes:
         name: Node name, unique in a normalised graph.
-        op_type: Conv, ConvTranspose, Gemm or MatMul.
+        op_type: Conv, ConvTranspose, Gemm, MatMul, or a fused operator that is in the way of some.
         input: Name of the value that the layer reads.
         output: Name of the value that the layer writes.
         geometry: Shape and cost; None when the shapes could not be inferred.
@@ -124,6 +140,11 @@ class Layer:
         return weight_place(self.node) == 0
 
     @property
+    def transposed(self) -> bool:
+        """Whether it is a ConvTranspose."""
+        return self.op_type == "ConvTranspose"
+
+    @property
     def weight_value(self) -> ir.Value | None:
         """The operand that is the weight, constant or not."""
         return self.node.inputs[weight_place(self.node)]
@@ -138,7 +159,8 @@ class Layer:
         if self.op_type == "Gemm":
             array = array * _float(self.node, "alpha", 1.0)
         groups = self.geometry.groups if self.geometry else 1
-        return array.reshape(groups, array.shape[0] // groups, *array.shape[1:])
+        array = array.reshape(groups, array.shape[0] // groups, *array.shape[1:])
+        return array.swapaxes(1, 2) if self.transposed else array
 
     def bias(self) -> Array | None:
         """The bias ``[out]`` in float64, None where the node has none."""
@@ -177,15 +199,22 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
     batch = next((shape[0] for shape in nominal.values() if shape), 1)
     layers = []
     for node in model.graph.all_nodes():
-        if node.op_type not in _LINEAR or node.domain != "":
+        hidden = _hides_layers(node)
+        if not hidden and (node.op_type not in _LINEAR or node.domain != ""):
             continue
-        geometry = _geometry(node, shapes, batch)
-        reason = _reason(node, geometry, model.graph)
+        geometry = None if hidden else _geometry(node, shapes, batch)
+        reason = reason_kept(node, model.opset_imports.get("", 1)) if hidden else _reason(node, geometry, model.graph)
         x, y = node.inputs[1 - weight_place(node)], node.outputs[0]
         layers.append(
             Layer(node.name or "", node.op_type, (x.name if x else "") or "", y.name or "", geometry, reason, node)
         )
     return tied(layers)
+
+
+def _hides_layers(node: ir.Node) -> bool:
+    """Whether a fused node of ONNX Runtime has a constant matrix where linear nodes have their weight."""
+    weight = node.inputs[1] if node.domain == "com.microsoft" and len(node.inputs) > 1 else None
+    return weight is not None and weight.const_value is not None and len(weight.const_value.shape) > 1
 
 
 def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | None:
@@ -203,9 +232,9 @@ def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | N
         return f"weight is {weight.dtype}"
     if weight.is_graph_output():
         return "weight is a graph output"
-    if node.op_type == "ConvTranspose":
-        return "ConvTranspose has no smaller form yet"
-    if node.op_type == "Conv" and len(weight.const_value.shape) > 5:
+    if "output_shape" in node.attributes:
+        return "its output_shape is given, and pads cannot say it"
+    if node.op_type in _CONVOLUTIONS and len(weight.const_value.shape) > 5:
         return "a convolution over more than three axes"
     if node.op_type == "Gemm" and _int(node, "transA", 0):
         return "Gemm with a transposed input"
@@ -221,10 +250,12 @@ def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | N
         return "shapes unknown: give --input-shape"
     if geometry.groups > 1 and geometry.groups in (geometry.in_channels, geometry.out_channels):
         return "depthwise"
-    if min(geometry.out_channels // geometry.groups, geometry.patch_size) < 2:
+    if min(geometry.cotangent_size, geometry.patch_size) < 2:
         return "too small to factorise"
     if geometry.patch_size > _LARGEST_PATCH:
         return f"input covariance of {geometry.patch_size:,} x {geometry.patch_size:,} is too large"
+    if geometry.transposed and geometry.cotangent_size > _LARGEST_PATCH:
+        return f"gradient covariance of {geometry.cotangent_size:,} x {geometry.cotangent_size:,} is too large"
     return None
 
 
@@ -244,9 +275,10 @@ def _geometry(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], batch: int) 
     x, w, y = (shapes[name] for name in names if name is not None)
     kernel: tuple[int, ...] = ()
     groups = 1
-    if node.op_type in ("Conv", "ConvTranspose"):
+    transposed = node.op_type == "ConvTranspose"
+    if node.op_type in _CONVOLUTIONS:
         kernel, groups = w[2:], _int(node, "group", 1)
-        inputs, outputs = x[1], w[0] if node.op_type == "Conv" else w[1] * groups
+        inputs, outputs = x[1], w[1] * groups if transposed else w[0]
     elif not x or not y:
         return None
     elif place == 0:
@@ -255,9 +287,10 @@ def _geometry(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], batch: int) 
         inputs = x[0] if node.op_type == "Gemm" and _int(node, "transA", 0) else x[-1]
         outputs = w[0] if node.op_type == "Gemm" and _int(node, "transB", 0) else (w[-1] if len(w) > 1 else 1)
     strides = _ints(node, "strides", (1,) * len(kernel))
-    sizes = (x[2:] if node.op_type == "ConvTranspose" else y[2:], x[2:]) if kernel else ((), ())
+    sizes = (y[2:], x[2:]) if kernel else ((), ())
     total = math.prod(y) // max(outputs * math.prod(y[2:] if kernel else ()), 1)
-    return Geometry(inputs, outputs, kernel, strides, groups, *sizes, total // batch if total % batch == 0 else total)
+    repeats = total // batch if total % batch == 0 else total
+    return Geometry(inputs, outputs, kernel, strides, groups, *sizes, repeats, transposed)
 
 
 def count_macs(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> int:

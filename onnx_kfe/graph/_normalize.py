@@ -1,8 +1,8 @@
 """Bring a model into the form that every later step assumes, without changing what it computes.
 
-BatchNormalization is folded, constants are initializers, weights pass through no Identity, Transpose, Reshape or Cast,
-every node has a unique name, initializers are no graph inputs, and shapes are inferred with their symbolic dimensions
-kept.
+Fused operators of ONNX Runtime are decomposed, BatchNormalization is folded, constants are initializers, weights pass
+through no Identity, Transpose, Reshape or Cast, products have the shapes that layers have, every node has a unique
+name, initializers are no graph inputs, and shapes are inferred with their symbolic dimensions kept.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import onnx_ir.passes.common as common
 
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph._io import serialize
+from onnx_kfe.graph._products import ProductPass
+from onnx_kfe.graph._shapes import infer_shapes
+from onnx_kfe.graph.fusions import expand_fusions
 
 __all__ = ["normalize"]
 
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 # Fusing a projection's Add into a batched Gemm wraps it in two Reshapes; merging Q, K and V hides the layers that the
 # user knows; sharing equal initializers would tie layers together that only happen to start alike.
 _SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv", "eliminate_duplicate_initializer"]
+_LAYOUTS = {"com.microsoft.nchwc", "com.ms.internal.nhwc"}
 _FOLDING_LIMIT = 2**28  # bytes of a constant, transposed weights among them
 
 
@@ -32,11 +36,12 @@ def normalize(model: ir.Model) -> ir.Model:
     """Return the normalised model; the interface (names, dynamic axes, opset, metadata) is the original's.
 
     Raises:
-        KfeError: The model is quantised: prune first, then quantise.
+        KfeError: The model is quantised or laid out for one processor: that comes after pruning.
     """
-    _reject_quantized(model)
+    _reject_finished(model)
     named = model.clone()
     _name_nodes(named.graph)  # before onnxsim numbers the nodes without a name
+    expand_fusions(named)
     simplified = _simplify(named)
     passes = ir.passes.Sequential(
         common.InlinePass(),
@@ -49,13 +54,19 @@ def normalize(model: ir.Model) -> ir.Model:
     simplified = passes(simplified).model
     _name_nodes(simplified.graph)
     _restore_interface(simplified, model)
-    with contextlib.suppress(Exception):  # shapes are a help, not a precondition
-        simplified = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(simplified).model
+    infer_shapes(simplified)
+    if ProductPass()(simplified).modified:
+        infer_shapes(simplified)
     return simplified
 
 
-def _reject_quantized(model: ir.Model) -> None:
+def _reject_finished(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
+        if node.domain in _LAYOUTS or (node.domain == "com.microsoft" and node.op_type.startswith("Nhwc")):
+            raise KfeError(
+                f"the model is laid out for one kind of processor (node '{node.name or node.op_type}' of "
+                f"{node.domain}): prune the model that ONNX Runtime was given, then optimise it"
+            )
         if node.op_type in {"QuantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul"}:
             raise KfeError(
                 f"the model is quantised (node '{node.name or node.op_type}'): prune the float model, then quantise it"

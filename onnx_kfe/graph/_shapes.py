@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_kfe.errors import UsageError
 from onnx_kfe.runtime import create_session
 
-__all__ = ["concrete_shapes", "nominal_input_shapes"]
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+__all__ = ["concrete_shapes", "infer_shapes", "nominal_input_shapes"]
 
 _NOMINAL_IMAGE = 224
 _NOMINAL_SEQUENCE = 128
 _SMALL = 1024  # elements: constants that shape arithmetic may read; larger ones are weights
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Infer types and shapes, in place; those of operators of other domains as ONNX Runtime does, if it can load them.
+
+    Args:
+        model: The model. What cannot be inferred stays as it is.
+    """
+    onnx_inference = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
+    with contextlib.suppress(Exception):
+        onnx_inference(model)
+        others = [node for node in model.graph if not onnx.defs.has(node.op_type, node.domain)]
+        if unknown := {value.name: value for node in others for value in node.outputs if value.shape is None}:
+            for output in _loaded(model, [name for name in unknown if name]).get_outputs():
+                value, dtype = unknown[output.name], output.type.removeprefix("tensor(").removesuffix(")")
+                value.type = ir.TensorType(ir.DataType[dtype.upper()])
+                value.shape = ir.Shape(output.shape) if output.shape else None  # [] is any rank, too
+            onnx_inference(model)
 
 
 def nominal_input_shapes(
@@ -92,14 +115,19 @@ def _run_shapes(
     model: ir.Model, input_shapes: Mapping[str, Sequence[int]], names: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
     """The shapes that values have when the model is run, whatever arithmetic of the graph decides them."""
-    proto = ir.to_proto(model)
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = create_session(proto.SerializeToString(), threads=1, optimize=False)
+    session = _loaded(model, names)
     types = {value.name: value.dtype or ir.DataType.FLOAT for value in model.graph.inputs}
     feeds = {name: np.zeros(shape, types[name].numpy()) for name, shape in input_shapes.items()}
     found = zip(names, session.run(list(names), feeds), strict=True)
     return {name: array.shape for name, array in found if isinstance(array, np.ndarray) and array.size}
+
+
+def _loaded(model: ir.Model, outputs: Sequence[str]) -> ort.InferenceSession:
+    """The model as it is in ONNX Runtime, with other outputs."""
+    proto = ir.to_proto(model)
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    return create_session(proto.SerializeToString(), threads=1, optimize=False)
 
 
 def _known_shapes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -57,6 +57,11 @@ class Link:
     axes: tuple[int, ...] = ()
     reorders: bool = False
 
+    @property
+    def adjoint(self) -> Link:
+        """The link that passes gradients back; of a convolution a ConvTranspose, and the other way round."""
+        return replace(self, inputs=self.outputs, outputs=self.inputs)
+
     def parameters(self, geometry: Geometry) -> int:
         """Elements of the weight."""
         taps = math.prod(geometry.kernel[axis] for axis in self.axes)
@@ -75,6 +80,11 @@ class Stage:
 
     weight: Array
     axes: tuple[int, ...] = ()
+
+    @property
+    def adjoint(self) -> Stage:
+        """The stage that passes gradients back."""
+        return replace(self, weight=self.weight.swapaxes(1, 2))
 
     @property
     def reorders(self) -> bool:
@@ -104,7 +114,8 @@ def sized(geometry: Geometry, links: Sequence[Link]) -> Iterator[tuple[Link, tup
 def chain_cost(geometry: Geometry, links: Sequence[Link]) -> Cost:
     """Cost of a chain in place of a layer."""
     parameters = [link.parameters(geometry) for link in links]
-    positions = [geometry.repeats * math.prod(after) for _, _, after in sized(geometry, links)]
+    sizes = [before if geometry.transposed else after for _, before, after in sized(geometry, links)]
+    positions = [geometry.repeats * math.prod(size) for size in sizes]
     return Cost(sum(p * t for p, t in zip(parameters, positions, strict=True)), sum(parameters))
 
 

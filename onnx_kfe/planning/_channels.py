@@ -67,7 +67,7 @@ class ChannelPlanner(ThresholdPlanner):
     """Channels of all groups under one threshold: the importance of a unit is that of all rows that go with it.
 
     Where no layer that computes a group has statistics, it is that of the columns that read it, but for the saliency,
-    which says nothing of these.
+    which says nothing of these. ConvTranspose has no say.
 
     Args:
         network: The model.
@@ -140,7 +140,7 @@ class ChannelPlanner(ThresholdPlanner):
         choices = {}
         for layer in self._network.prunable:
             cut, loss = cuts[layer.name], 0.0
-            if self._statistics is not None and layer.name in self._statistics.layers:
+            if self._statistics is not None and layer.name in self._statistics.layers and not layer.transposed:
                 problem = LayerProblem(layer, self._statistics.layers[layer.name])
                 loss = cut_layer(problem, cut, compensates).loss
             cost = layer_cost(layer, partial(_cost_after, cut))
@@ -154,7 +154,7 @@ class ChannelPlanner(ThresholdPlanner):
         """Of the rows and columns of each layer, all groups of a convolution in a row."""
         seen = {} if self._statistics is None else self._statistics.layers
         for layer in self._network.prunable:
-            if self._statistics is None or layer.name in seen:
+            if not layer.transposed and (self._statistics is None or layer.name in seen):
                 problem = LayerProblem(layer, seen.get(layer.name))
                 by_group = [self._importance(part) for part in problem.coordinates("channel")]
                 yield layer.name, Scores(*(np.concatenate(parts) for parts in zip(*by_group, strict=True)))
@@ -176,7 +176,10 @@ class ChannelPlanner(ThresholdPlanner):
         names = [member.layer for member in group.members]
         skipped = {} if self._statistics is None else self._statistics.skipped
         reason = next((skipped[name] for name in names if name in skipped), None)
-        reason = reason or next((self._layers[name].reason for name in names if name in self._layers), None)
+        layers = [self._layers[name] for name in names if name in self._layers]
+        reason = reason or next((layer.reason for layer in layers), None)
+        if reason is None and layers and all(layer.transposed for layer in layers):
+            reason = "ConvTranspose has no say in channels"
         return f"no statistics of its layers: {reason or 'none were collected'}"
 
 

@@ -59,7 +59,7 @@ class DirectionChain(Form):
         self.published = published
 
     def limits(self, geometry: Geometry, ranks: Sequence[int] = ()) -> tuple[int, ...]:
-        return (geometry.in_channels, geometry.out_channels) if geometry.groups == 1 else ()
+        return (geometry.in_channels, geometry.out_channels) if geometry.groups == 1 and not geometry.transposed else ()
 
     def links(self, geometry: Geometry, ranks: Sequence[int]) -> list[Link]:
         return _links(geometry, ranks)

@@ -224,7 +224,7 @@ def _measurable(layer: Layer) -> bool:
     """Whether the layer can be run alone: of known shape, with a constant weight."""
     weight = layer.weight_value
     constant = weight is not None and weight.const_value is not None
-    return constant and layer.geometry is not None and layer.op_type != "ConvTranspose"
+    return constant and layer.geometry is not None and "output_shape" not in layer.node.attributes
 
 
 def _sampled_chains(layer: Layer, round_to: int) -> Iterator[list[Link]]:

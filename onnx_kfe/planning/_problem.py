@@ -37,14 +37,21 @@ class GroupProblem:
         weight: ``[o, c, *kernel]``.
         input_factor: Centred A, ``[i, i]``.
         output_factor: G, ``[o, o]``.
+        dampings: Of the two, in units of their mean eigenvalues.
     """
 
-    def __init__(self, weight: Array, input_factor: Array, output_factor: Array) -> None:
+    def __init__(
+        self,
+        weight: Array,
+        input_factor: Array,
+        output_factor: Array,
+        dampings: tuple[float, float] = (_INPUT_DAMPING, _OUTPUT_DAMPING),
+    ) -> None:
         size = len(input_factor)
-        floor = _INPUT_DAMPING * max(float(np.trace(input_factor)) / size, np.finfo(np.float64).tiny)
+        floor = dampings[0] * max(float(np.trace(input_factor)) / size, np.finfo(np.float64).tiny)
         self.weight = weight
         self.input_factor = input_factor + floor * np.eye(size)
-        self.output: Whitening = whiten(output_factor, _OUTPUT_DAMPING)
+        self.output: Whitening = whiten(output_factor, dampings[1])
         self.output_factor = self.output.root @ self.output.root
         self._tucker_losses: dict[tuple[int, ...], list[Array]] = {}
 
@@ -77,6 +84,11 @@ class GroupProblem:
 class LayerProblem:
     """A layer with its statistics, group by group.
 
+    A ConvTranspose is the adjoint of a convolution, and a change D of its weight as dear as the change ``D^T`` of that
+    one with A and G in exchanged places, as which its groups are stated. Its input is not centred: how many taps meet
+    at an output position depends on the position, so what the mean input gives is no constant that a bias could give.
+    A bias on a 1x1 in front would be exact, but brings nothing: the best truncation has none.
+
     Args:
         layer: A prunable layer.
         statistics: Its sums; None for curvature that knows nothing (identity factors), which leaves the weights alone
@@ -98,15 +110,27 @@ class LayerProblem:
         self.geometry: Geometry = layer.geometry
         self.weight = layer.weight() if weight is None else weight
         self._bias = layer.bias() if bias is None else bias
-        patch, out = self.geometry.patch_size, self.geometry.out_channels // self.geometry.groups
-        if statistics is None:
-            self.mean: Array = np.zeros((self.geometry.groups, patch))
-            factors = [(np.eye(patch), np.eye(out))] * self.geometry.groups
+        transposed, patch, out = self.geometry.transposed, self.geometry.patch_size, self.geometry.cotangent_size
+        if transposed and statistics is not None:
+            statistics = statistics.uncentred
+        if statistics is None or transposed:
+            self.mean: Array = np.zeros((len(self.weight), self.weight[0, 0].size))
         else:
             self.mean = statistics.mean
+        if statistics is None:
+            factors = [(np.eye(patch), np.eye(out))] * self.geometry.groups
+        else:
             coherent = statistics.coherence * above_rounding(statistics.centred_input_factor, statistics.input_factor)
             factors = list(zip(coherent, statistics.output_factor, strict=True))
-        self.groups = [GroupProblem(w, a, g) for w, (a, g) in zip(self.weight, factors, strict=True)]
+        pairs = zip(self.weight, factors, strict=True)
+        self.groups = [_adjoint(w, a, g) if transposed else GroupProblem(w, a, g) for w, (a, g) in pairs]
+
+    @property
+    def adjoint(self) -> LayerProblem:
+        """Of a ConvTranspose the problem of the convolution that it is the adjoint of."""
+        other = copy.copy(self)
+        other.geometry, other.weight = self.geometry.adjoint, self.weight.swapaxes(1, 2)
+        return other
 
     def coordinates(self, basis: str, *, published: bool = False) -> list[Coordinates]:
         """Weight and curvature of each group in a basis, a key of `BASES`.
@@ -130,10 +154,16 @@ class LayerProblem:
 
     def loss(self, approximation: Array) -> float:
         """Predicted loss in nats per sample of replacing the weight ``[groups, o, c, *kernel]``."""
-        return sum(group.loss(w) for group, w in zip(self.groups, approximation, strict=True))
+        stated = approximation.swapaxes(1, 2) if self.geometry.transposed else approximation
+        return sum(group.loss(w) for group, w in zip(self.groups, stated, strict=True))
 
     def bias(self, approximation: Array) -> Array:
         """The bias ``[out]`` that keeps the mean output: ``b + (W - W_hat) mu``."""
         change = (self.weight - approximation).reshape(*self.weight.shape[:2], -1)
         moved = np.einsum("goi,gi->go", change, self.mean).reshape(-1)
         return moved if self._bias is None else self._bias + moved
+
+
+def _adjoint(weight: Array, input_factor: Array, output_factor: Array) -> GroupProblem:
+    """A group of a ConvTranspose, weight ``[o, c, *kernel]``, as one of the convolution that it is the adjoint of."""
+    return GroupProblem(weight.swapaxes(0, 1), output_factor, input_factor, (_OUTPUT_DAMPING, _INPUT_DAMPING))

@@ -61,7 +61,7 @@ class BlockDiagonal(Form):
     name = "block_diagonal"
 
     def limits(self, geometry: Geometry, ranks: Sequence[int] = ()) -> tuple[int, ...]:
-        if not geometry.kernel or geometry.groups > 1:
+        if not geometry.kernel or geometry.groups > 1 or geometry.transposed:
             return ()
         most = math.gcd(geometry.in_channels, geometry.out_channels)
         return (most,) if most > 1 else ()

@@ -27,7 +27,7 @@ class Workload:
     """A convolution, product or reordering of channels at fixed shapes.
 
     Attributes:
-        operator: Conv, Gemm, MatMul or Gather.
+        operator: Conv, ConvTranspose, Gemm, MatMul or Gather.
         inputs: Input channels, over all groups.
         outputs: Output channels, over all groups.
         groups: Groups.
@@ -85,10 +85,12 @@ def workloads(layer: Layer, links: Sequence[Link], batch: int) -> Iterator[Workl
     leading = (batch, geometry.repeats) if layer.op_type == "MatMul" else (batch * geometry.repeats,)
     for place, (link, before, _) in enumerate(sized(geometry, links)):
         last = place == len(links) - 1
+        operator = "Gather" if link.reorders else "Conv" if layer.transposed and not link.axes else layer.op_type
         yield Workload(
-            "Gather" if link.reorders else layer.op_type, link.inputs, link.outputs, link.groups, leading, before,
+            operator, link.inputs, link.outputs, link.groups, leading, before,
             tuple(k if axis in link.axes else 1 for axis, k in enumerate(geometry.kernel)),
-            () if link.reorders else tuple(_attributes(layer, geometry, link.axes)), _activation(layer) if last else "",
+            () if link.reorders else tuple(_attributes(layer, geometry, link.axes)),
+            _activation(layer) if last and operator == "Conv" else "",
             weight.dtype.name if weight.dtype is not None else "FLOAT",
         )  # fmt: skip
 
@@ -96,7 +98,7 @@ def workloads(layer: Layer, links: Sequence[Link], batch: int) -> Iterator[Workl
 def _attributes(layer: Layer, geometry: Geometry, axes: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...] | str]]:
     """Of the axes carried, as the rewriting writes them; what is as by default is left out."""
     dimensions = len(geometry.kernel)
-    for name, nothing in (("strides", 1), ("pads", 0), ("dilations", 1)):
+    for name, nothing in (("strides", 1), ("pads", 0), ("dilations", 1), ("output_padding", 0)):
         if dimensions and name in layer.node.attributes:
             values = layer.node.attributes[name].as_ints()
             own = tuple(value if place % dimensions in axes else nothing for place, value in enumerate(values))
@@ -110,7 +112,7 @@ def _activation(layer: Layer) -> str:
     uses = layer.node.outputs[0].uses()
     operators = {use.node.op_type for use in uses}
     (operator,) = operators if len(uses) == 1 else {""}
-    return _FUSED.get(operator, "") if layer.op_type == "Conv" else ""
+    return _FUSED.get(operator, "")
 
 
 def micro_model(given: Sequence[Workload]) -> ir.Model:
@@ -142,8 +144,10 @@ def micro_model(given: Sequence[Workload]) -> ir.Model:
 def _append(graph: ir.Graph, workload: Workload, read: ir.Value, name: str, random: np.random.Generator) -> None:
     dtype = _dtype(workload)
     attributes: list[ir.Attr] = []
-    if workload.operator == "Conv":
+    if "Conv" in workload.operator:
         shape = (workload.outputs, workload.inputs // workload.groups, *workload.kernel)
+        if workload.operator == "ConvTranspose":
+            shape = (workload.inputs, workload.outputs // workload.groups, *workload.kernel)
         weight: np.ndarray = random.normal(size=shape).astype(dtype.numpy())
         attributes = [ir.AttrInt64("group", workload.groups), ir.AttrInt64s("kernel_shape", workload.kernel)]
         for key, value in workload.attributes:

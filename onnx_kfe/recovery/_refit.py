@@ -21,7 +21,7 @@ from onnx_kfe.recovery._lockstep import FEWEST_SAMPLES, Lockstep
 from onnx_kfe.recovery._order import solving_order
 from onnx_kfe.recovery._samples import Block, Samples
 from onnx_kfe.recovery._solve import InputMoments, fit
-from onnx_kfe.rewrite import Chain, removed_chain, solved_chain
+from onnx_kfe.rewrite import Chain, removed_chain, solve_chain
 
 __all__ = ["DEFAULT_MEMORY", "refit", "refusal", "settled_layers"]
 
@@ -47,10 +47,10 @@ def refit(
     With ``x'`` the inputs of a layer in the smaller model as far as it is finished and y what the layer is to give, the
     weight is the ridge regression of y on ``x'``, with a mind to the activation that follows (see `fit`); it is
     compressed under the covariance of ``x'`` and the old G, and its last factor and bias are solved once more in the
-    same way. Layers that stay dense are solved anew as well: they take up part of the error. Branches that are left out
-    give their mean output, as they did in the original. Nodes that share a weight are solved as one, on the inputs of
-    all of them; where one of them reads what another gave, their layer is compressed as without a refit, and the others
-    are solved around it.
+    same way. Layers that stay dense are solved anew as well: they take up part of the error. ConvTranspose is not: it
+    stays as it is, or becomes what the plan alone makes of it. Branches that are left out give their mean output, as
+    they did in the original. Nodes that share a weight are solved as one, on the inputs of all of them; where one of
+    them reads what another gave, their layer is as of the plan alone, too, and the others are solved around it.
 
     Args:
         network: The original, narrowed as the plan says.
@@ -83,8 +83,7 @@ def refit(
         if layer.name in plan.removed
     }
     for layer in settled:
-        if (choice := plan.choices[layer.name]).form != DENSE:
-            chains[layer.name] = solved_chain(LayerProblem(layer, statistics.layers[layer.name]), choice)
+        chains[layer.name] = _unfitted(layer, plan.choices[layer.name], statistics.layers[layer.name])
     columns = memory // 4
     with Activations(memory - columns) as kept:
         models = Lockstep(network, layers, list(chains.values()), kept, columns, providers, threads)
@@ -95,8 +94,12 @@ def refit(
         for layer in layers:
             chain = solved.load(layer)
             if chain is None:
-                old, choice = statistics.layers[layer.name], plan.choices[layer.name]
-                chain = _refitted(layer, choice, old, models.samples(layer))
+                choice, old = plan.choices[layer.name], statistics.layers[layer.name]
+                chain = (
+                    _unfitted(layer, choice, old)
+                    if layer.transposed
+                    else _refitted(layer, choice, old, models.samples(layer))
+                )
                 chain = dataclasses.replace(chain, bias=chain.bias - network.shifts.get(layer.name, 0.0))
                 solved.save(chain)
             models.replace(chain)
@@ -125,6 +128,18 @@ def settled_layers(network: Network, plan: Plan, statistics: Statistics) -> list
     return [layer.name for layer in settled]
 
 
+def _unfitted(layer: Layer, choice: Candidate, old: LayerStatistics) -> Chain:
+    """The chain of one layer as of the plan alone."""
+    problem = LayerProblem(layer, old)
+    if choice.form == DENSE:
+        return _dense(layer, problem.weight, problem.bias(problem.weight))
+    return solve_chain(problem, choice)
+
+
+def _dense(layer: Layer, weight: Array, bias: Array) -> Chain:
+    return Chain(layer, DENSE, [Stage(weight, tuple(range(weight.ndim - 3)))], bias)
+
+
 def _refitted(layer: Layer, choice: Candidate, old: LayerStatistics, samples: Sequence[Samples]) -> Chain:
     """The chain of one layer, given its columns by group."""
     assert layer.geometry is not None
@@ -133,7 +148,7 @@ def _refitted(layer: Layer, choice: Candidate, old: LayerStatistics, samples: Se
     moments = [_moments(group) for group in samples]
     weight, bias = _fit(layer.weight(), bias, samples, moments, old.output_factor, _DENSE_STEPS)
     if choice.form == DENSE:
-        return Chain(layer, DENSE, [Stage(weight, tuple(range(len(layer.geometry.kernel))))], bias)
+        return _dense(layer, weight, bias)
     means, covariances = zip(*(_pooled(*parts) for parts in moments), strict=True)
     problem = LayerProblem(layer, _with_inputs(old, np.stack(means), np.stack(covariances)), weight, bias)
     *encoder, decoder = stages = FORMS[choice.form].stages(problem, choice.ranks)

@@ -63,10 +63,11 @@ class Frontier:
         self._known |= {output.name for node in nodes if any(node.inputs) for output in node.outputs}
 
     def needed(self) -> set[str]:
-        """Joint names of the known values that nodes to be evaluated read, as the graph is now."""
-        wanted = [output for node in self.graph for output in node.outputs if output.name in self._wanted]
-        read = (value for node in ancestors(wanted, self._known) for value in node.inputs if value is not None)
-        return {self.joint_name(value) for value in read if value.name in self._known}
+        """Joint names of the known values that nodes to be evaluated read."""
+        values = [output for node in self.graph for output in node.outputs]
+        ahead = ancestors([value for value in values if value.name in self._wanted], self._known)
+        used = {value for node in ahead for value in node.inputs if value is not None and value.name in self._known}
+        return {self.joint_name(value) for value in used}
 
 
 def join(

@@ -6,8 +6,8 @@ from onnx_kfe.rewrite._apply import (
     apply_plan,
     removed_chain,
     sketch_plan,
+    solve_chain,
     solve_plan,
-    solved_chain,
     write_chains,
 )
 from onnx_kfe.rewrite._channels import ChannelPass
@@ -34,7 +34,7 @@ __all__ = [
     "narrow",
     "removed_chain",
     "sketch_plan",
+    "solve_chain",
     "solve_plan",
-    "solved_chain",
     "write_chains",
 ]

@@ -21,7 +21,7 @@ from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
 from onnx_kfe.rewrite._narrow import narrow
 from onnx_kfe.rewrite._remove import RemovePass
 
-__all__ = ["add_losses", "apply_plan", "removed_chain", "sketch_plan", "solve_plan", "solved_chain", "write_chains"]
+__all__ = ["add_losses", "apply_plan", "removed_chain", "sketch_plan", "solve_chain", "solve_plan", "write_chains"]
 
 
 def apply_plan(
@@ -77,14 +77,14 @@ def solve_plan(
             chains[name] = removed_chain(problem)
             losses[name] = removal_loss(problem)
         else:
-            chains[name] = solved_chain(problem, choice)
+            chains[name] = solve_chain(problem, choice)
             losses[name] = problem.loss(compose(chains[name].stages))
         progress(name)
     return chains, losses
 
 
-def solved_chain(problem: LayerProblem, choice: Candidate) -> Chain:
-    """A layer in the form and ranks of a candidate, the bias making up for the mean."""
+def solve_chain(problem: LayerProblem, choice: Candidate) -> Chain:
+    """What a layer becomes in a form at ranks."""
     form = FORMS[choice.form]
     stages = form.stages(problem, choice.ranks)
     bias = problem.bias(compose(stages) if form.moves_bias else problem.weight)

@@ -100,7 +100,7 @@ class _Writer:
         old = [value for value in node.inputs if value is not None and value.is_initializer()]
         value = node.inputs[1 - self.place]
         assert value is not None
-        write = self._convolution if node.op_type == "Conv" else self._product
+        write = self._convolution if self._dimensions() else self._product
         bias, biased = self._bias()
         added = bias if self.place else bias[:, None]
         nodes: list[ir.Node] = []
@@ -137,18 +137,25 @@ class _Writer:
         """The weight as the node stores it: Gemm in the orientation it had."""
         if stage.reorders:
             return self._constant(name, stage.weight, ir.DataType.INT64)
-        if self.node.op_type != "Conv":
+        if not self._dimensions():
             return self._constant(name, stage.weight[0] if self._transposed() or not self.place else stage.weight[0].T)
         groups, out, inside = stage.weight.shape[:3]
         carried = iter(stage.weight.shape[3:])
         kernel = [next(carried) if axis in stage.axes else 1 for axis in range(self._dimensions())]
-        return self._constant(name, stage.weight.reshape(groups * out, inside, *kernel))
+        weight = stage.weight.reshape(groups, out, inside, *kernel)
+        if self._operator(stage) == "ConvTranspose":
+            weight = weight.swapaxes(1, 2)
+        return self._constant(name, weight.reshape(-1, *weight.shape[2:]))
 
     def _dimensions(self) -> int:
-        """Spatial dimensions of a convolution."""
+        """Spatial dimensions of a convolution, 0 of a product."""
         shape = self.node.inputs[1].shape  # type: ignore[union-attr]
         assert shape is not None
-        return shape.rank() - 2
+        return shape.rank() - 2 if self.node.op_type in ("Conv", "ConvTranspose") else 0
+
+    def _operator(self, stage: Stage) -> str:
+        """Where nothing is carried, a ConvTranspose is a convolution too."""
+        return self.node.op_type if stage.axes else "Conv"
 
     def _transposed(self) -> bool:
         return self.node.attributes.get_int("transB", 0) == 1
@@ -160,12 +167,12 @@ class _Writer:
         attributes = [ir.AttrInt64("group", len(stage.weight)), ir.AttrInt64s("kernel_shape", kernel)]
         if stage.axes:
             attributes += self._carried(stage.axes)
-        return ir.Node("", "Conv", inputs, attributes, name=name)
+        return ir.Node("", self._operator(stage), inputs, attributes, name=name)
 
     def _carried(self, axes: Sequence[int]) -> Iterator[ir.Attr]:
         """Strides, pads and dilations of the axes that a stage carries, nothing of the others."""
         dimensions = self._dimensions()
-        for name, nothing in (("strides", 1), ("dilations", 1), ("pads", 0)):
+        for name, nothing in (("strides", 1), ("dilations", 1), ("pads", 0), ("output_padding", 0)):
             if name in self.node.attributes:
                 values = self.node.attributes[name].as_ints()
                 own = [value if place % dimensions in axes else nothing for place, value in enumerate(values)]

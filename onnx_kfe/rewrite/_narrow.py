@@ -31,8 +31,8 @@ class Narrowed(NamedTuple):
 def narrow(network: Network, plan: Plan, statistics: Statistics | None) -> Narrowed:
     """A network without the channels that a plan gives up.
 
-    Layers that lose inputs get the mean of what these gave as a bias, and where the plan says so weights that make up
-    for the rest as well as can be predicted.
+    Layers that lose inputs, ConvTranspose apart, get the mean of what these gave as a bias, and where the plan says so
+    weights that make up for the rest as well as can be predicted.
 
     Args:
         network: The network.
@@ -51,7 +51,7 @@ def narrow(network: Network, plan: Plan, statistics: Statistics | None) -> Narro
     if statistics is not None:
         for layer in network.prunable:
             cut = cuts[layer.name]
-            if layer.name not in statistics.layers or (cut.rows.all() and cut.columns.all()):
+            if layer.name not in statistics.layers or layer.transposed or (cut.rows.all() and cut.columns.all()):
                 continue
             for use in layer.uses:
                 left = cut_layer(LayerProblem(use, statistics.layers[layer.name]), cut, plan.compensates)

@@ -68,7 +68,7 @@ def _remove(editor: Editor, node: ir.Node, mean: Array, keep_sum: bool) -> None:
     dying = only_feeding(junction.branch)
     constant = mean if junction.bias is None else mean + initializer_array(junction.bias).reshape(-1)
     if keep_sum or np.any(constant):
-        shape = (1, -1, *(1,) * (len(weight.const_value.shape) - 2)) if node.op_type == "Conv" else (-1, 1)[: 2 - place]
+        shape = (1, -1, *(1,) * (len(weight.const_value.shape) - 2)) if "Conv" in node.op_type else (-1, 1)[: 2 - place]
         added = editor.constant(f"{weight.name or node.name}/mean", constant.reshape(shape), weight.const_value.dtype)
         addition.replace_input_with(addition.inputs.index(junction.branch), added)
     else:

@@ -1,5 +1,6 @@
-"""`docs/operators.md` lists what the registry has; `tools/vjp_coverage.py` writes it."""
+"""`docs/operators.md` lists what the registries have; `tools/vjp_coverage.py` writes it."""
 
+import inspect
 from pathlib import Path
 
 import onnx
@@ -7,14 +8,21 @@ import pytest
 
 from onnx_kfe.autodiff._functions import has_body
 from onnx_kfe.autodiff._registry import RULES, ZERO_GRADIENT
+from onnx_kfe.graph.fusions import FUSIONS
 
 PAGE = Path(__file__).parents[2] / "docs" / "operators.md"
 
 
+def table(section: int) -> dict[str, str]:
+    """The first two columns of the table of a section."""
+    lines = PAGE.read_text().split("\n## ")[section].splitlines()
+    rows = [line.strip("| \n").split(" | ") for line in lines if line.startswith("| ")]
+    return {operator: cell.strip() for operator, cell, *_ in rows[1:]}
+
+
 @pytest.fixture(scope="module")
 def gradients():
-    rows = [line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    return {operator: gradient.strip() for operator, gradient, *_ in rows[1:]}
+    return table(0)
 
 
 def test_the_page_names_the_module_of_every_rule(gradients):
@@ -33,3 +41,7 @@ def test_definitions(gradients):
     assert "Attention" in listed
     opset = onnx.defs.onnx_opset_version()
     assert [operator for operator in listed if not has_body(operator, opset)] == []
+
+
+def test_fused_operators():
+    assert table(1) == {operator: inspect.getdoc(stands_for) for operator, stands_for in FUSIONS.items()}

@@ -18,7 +18,7 @@ from onnx_kfe.graph import Network, open_network, serialize
 from onnx_kfe.kfe import predicted_loss
 from onnx_kfe.runtime import create_session
 from tests.cases import INPUT, load_case
-from tests.tied import pyramid, samples, siamese, stacked
+from tests.tied import pyramid, samples, siamese, stacked, upsampled
 from tools.torch_oracle import Noise, Output, TorchOracle, relative_error
 
 TOLERANCE = 1e-4
@@ -94,7 +94,7 @@ def test_factors_equal_those_of_torch(name: str):
 
 
 @pytest.mark.usefixtures("all_positions")
-@pytest.mark.parametrize("make", [pyramid, stacked, siamese])
+@pytest.mark.parametrize("make", [pyramid, stacked, siamese, upsampled])
 def test_nodes_that_share_a_weight_add_up(make: Callable[[], onnx.ModelProto]):
     model = make()
     network, feeds = open_network(model), samples(model, 12)
@@ -104,7 +104,7 @@ def test_nodes_that_share_a_weight_add_up(make: Callable[[], onnx.ModelProto]):
     (layer, *_) = (layer for layer in network.prunable if layer.twins)
     seen = statistics.layers[layer.name]
     assert seen.positions == 12 * sum(use.geometry.positions for use in layer.uses)
-    if layer.op_type != "Conv":  # whose patches are its inputs
+    if not layer.geometry.kernel:  # whose patches are its inputs
         inputs = [use.input for use in layer.uses]
         inner = network.model.clone()
         values = {value.name: value for node in inner.graph for value in node.outputs}

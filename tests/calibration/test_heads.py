@@ -101,7 +101,44 @@ def test_unknown_outputs_and_kinds_are_named(kinds: dict[str, str]):
 
 def test_without_any_head_there_is_nothing_to_differentiate():
     with pytest.raises(KfeError, match="best"):
-        detect_heads(graph("best = ArgMax<axis = 1>(h)", "int64[N, 1] best"))
+        detect_heads(graph("best = Cast<to = 7>(h)", "int64[N, 4] best"))
+
+
+@pytest.mark.parametrize(
+    ("body", "outputs", "kind", "source"),
+    [
+        ("best = ArgMax<axis = 1>(h)", "int64[N, 1] best", "categorical", "h"),
+        ("p = Softmax<axis = 1>(h) best = ArgMax<axis = 1>(p)", "int64[N, 1] best", "categorical", "h"),
+        ("s = Sigmoid(h) k = Constant<value_ints = [2]>() v, best = TopK(s, k)", "int64[N, 2] best", "bernoulli", "h"),
+    ],
+)
+def test_where_there_are_only_indices_heads_are_what_they_are_the_largest_of(body, outputs, kind, source):
+    (head,) = detect_heads(graph(body, outputs))
+    assert (head.kind, head.source, head.axis % 2) == (kind, source, 1)
+    assert head.read_by in ("ArgMax", "TopK")
+
+
+SUPPRESSED = """
+    four = Constant<value_ints = [-1, 2, 4]>() t = Concat<axis = 1>(h, h) b = Reshape(t, four) boxes = Relu(b)
+    l = Neg(b) c = Softmax<axis = 2>(l) s = Transpose<perm = [0, 2, 1]>(c)
+    most = Constant<value_ints = [3]>() overlap = Constant<value_floats = [0.5]>()
+    found = NonMaxSuppression(boxes, s, most, overlap, overlap)
+    row = Constant<value_ints = [2]>() which = Gather<axis = 1>(found, row)
+    picked = GatherND(boxes, which)
+"""
+
+
+def test_what_suppression_reads_is_the_head_and_not_what_it_picks():
+    heads = detect_heads(graph(SUPPRESSED, "float[K, 4] picked, int64[K, 3] found"))
+    assert [(head.output, head.kind, head.source, head.axis, head.read_by) for head in heads] == [
+        ("boxes", "gaussian", "boxes", -1, "NonMaxSuppression"),
+        ("c", "categorical", "l", 2, "NonMaxSuppression"),
+    ]
+    kinds = {"c": "none", "boxes": "bernoulli"}
+    (only,) = detect_heads(graph(SUPPRESSED, "float[K, 4] picked"), kinds)
+    assert (only.output, only.kind) == ("boxes", "bernoulli")
+    with pytest.raises(UsageError, match="the model has picked, boxes, c"):
+        detect_heads(graph(SUPPRESSED, "float[K, 4] picked"), {"l": "gaussian"})
 
 
 def test_noise_is_a_function_of_seed_and_index():
@@ -191,3 +228,8 @@ def test_classes_on_another_axis():
     for place in range(2):
         column = np.ascontiguousarray(values[:, :, place]), np.ascontiguousarray(noise[:, :, place])
         assert np.allclose(found[:, :, place], cotangents(Head("y", "categorical", "y"), *column), atol=1e-6)
+
+
+def test_the_weight_is_the_variance_of_the_noise():
+    light, heavy = (sample_noise([Head("y", "gaussian", "y", weight=w)], {"y": (1, 5)}, 0, 0)[0] for w in (1.0, 9.0))
+    np.testing.assert_array_equal(heavy, 3 * light)

@@ -53,6 +53,26 @@ def test_where_nothing_goes_nothing_changes() -> None:
         np.testing.assert_allclose(getattr(found, name), getattr(whole, name), err_msg=name)
 
 
+def test_of_a_transposed_convolution_patches_of_the_cotangent_are_cut() -> None:
+    random = np.random.default_rng(3)
+    x, g = random.normal(size=(2, 40, 4)), random.normal(size=(2, 40, 3, TAPS))
+    rows, columns = np.array([[1, 0, 1], [0, 1, 1]], bool), np.array([[1, 1, 0, 0], [0, 1, 0, 1]], bool)
+
+    def sums(x: np.ndarray, g: np.ndarray) -> LayerStatistics:
+        written = g.reshape(2, 40, -1)
+        saliency = np.square(g).sum((1, 3))
+        moments = [np.swapaxes(each, 1, 2) @ each for each in (x, written)]
+        return LayerStatistics(moments[0], x.sum(1), moments[1], 40, 8, saliency_sum=saliency)
+
+    found = sums(x, g).cut(rows.reshape(-1), columns.reshape(-1))
+    wanted = sums(
+        np.stack([part[:, mask] for part, mask in zip(x, columns, strict=True)]),
+        np.stack([part[:, mask] for part, mask in zip(g, rows, strict=True)]),
+    )
+    for name in ("mean", "input_factor", "output_factor", "saliency"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), atol=1e-12, err_msg=name)
+
+
 def test_means_that_were_not_collected_stay_so() -> None:
     random = np.random.default_rng(2)
     x, g = random.normal(size=(1, 40, 12)), random.normal(size=(1, 40, 6))

@@ -5,9 +5,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from onnx_kfe.autodiff import Emitter
 from onnx_kfe.calibration import (
     LayerStatistics,
     _patches,
@@ -19,8 +21,8 @@ from onnx_kfe.calibration import (
 )
 from onnx_kfe.calibration._collect import _Sums
 from onnx_kfe.calibration._instrument import PHASE_INPUT, differentiable_copy, instrument, noise_input
-from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, grid_strides
-from onnx_kfe.graph import open_network
+from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, _rows, grid_strides
+from onnx_kfe.graph import open_network, serialize
 from onnx_kfe.runtime import create_session
 from tests.networks import mixer
 
@@ -252,3 +254,24 @@ def test_a_constant_on_the_left_has_the_statistics_of_the_transposed_product(mon
             assert np.allclose(getattr(layer, attribute), getattr(other, attribute), rtol=1e-4, atol=1e-6), attribute
         moments, others = layer.eigen_moments(0).second_moment, other.eigen_moments(0).second_moment
         assert np.allclose(moments, others, rtol=1e-3, atol=1e-3 * others.max())
+
+
+def test_the_rows_taken_of_sequences_cover_all_positions():
+    """Of successive entries those of successive positions, each once in as many entries as the stride."""
+    length, entries, stride = 10, 15, 5
+    model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="rows"), ir_version=10)
+    x, phase = (
+        ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        for name, dtype, shape in (("x", ir.DataType.FLOAT, ["n", "t", 1]), ("phase", ir.DataType.INT64, [3]))
+    )
+    model.graph.inputs.extend([x, phase])
+    rows = _rows(Emitter(model.graph), x, 1, 1 / stride, phase)
+    model.graph.outputs.append(rows)
+    given = np.arange(entries * length, dtype=np.float32).reshape(entries, length, 1)
+    for start in (0, 3):
+        (taken,) = create_session(serialize(model)).run(None, {"x": given, "phase": np.full(3, start)})
+        assert len(taken) == entries * length / stride
+        counts = np.bincount(taken.reshape(-1).astype(int) % length, minlength=length)
+        np.testing.assert_array_equal(counts, entries / stride)
+    (nothing,) = create_session(serialize(model)).run(None, {"x": given[:, :0], "phase": np.zeros(3, np.int64)})
+    assert nothing.size == 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import special
 
+from onnx_kfe._floor import format_drop
 from onnx_kfe.errors import UsageError
 from onnx_kfe.evaluation import METRICS, HeadQuality, HeadSpec, Quality, Rate, default_metric, evaluate, measured_drop
 from tests.evaluation.small import Data, linear
@@ -74,6 +75,9 @@ def test_relative_error_and_its_interval():
     ends = [np.sqrt(200 * (errors.mean() + sign * half) / scatter) for sign in (-1, 1)]
     assert drop.value == pytest.approx(np.sqrt(errors.sum() / scatter), rel=1e-5)
     assert (drop.low, drop.high) == pytest.approx(ends, rel=1e-3)
+    squared = measured_drop(quality("gaussian"), "unexplained-variance")
+    assert squared.value == pytest.approx(errors.sum() / scatter, rel=1e-5)
+    assert (squared.low, squared.high) == pytest.approx([end**2 for end in ends], rel=1e-3)
     assert quality("gaussian").divergence is None
 
 
@@ -87,13 +91,44 @@ def test_one_sample_tells_nothing_of_the_spread():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_original_has_no_drop(metric):
-    kind = "gaussian" if metric == "relative-error" else "categorical"
-    assert measured_drop(quality(kind, LABELS if metric == "accuracy" else None, OLD), metric).value == 0
+    known = METRICS[metric]
+    x = X.reshape(20, 10, 12) if known.positions else X
+    labels = LABELS if known.labels else None
+    model = linear(OLD, rank=x.ndim)
+    head = HeadSpec("y", known.kinds[0])
+    found = evaluate(model, [Data({"x": x}, labels)], reference=model, heads=[head], metric=metric)
+    drop = measured_drop(found, metric)
+    assert found.score.drop == drop
+    assert drop.value == pytest.approx(0, abs=1e-12)
+    assert drop.low <= 1e-12
+    assert drop.samples == len(x)
+    if found.score.original is not None:
+        low, high = known.range
+        assert found.score.original == pytest.approx(found.score.model)
+        assert low <= found.score.model <= high
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_worse_model_has_a_drop_within_its_interval(metric):
+    known = METRICS[metric]
+    x = X.reshape(20, 10, 12) if known.positions else X
+    labels = LABELS if known.labels else None
+    head = HeadSpec("y", known.kinds[0])
+    models = [linear(weight, rank=x.ndim) for weight in (OLD + 4 * (NEW - OLD), OLD)]
+    drop = evaluate(models[0], [Data({"x": x}, labels)], reference=models[1], heads=[head], metric=metric).score.drop
+    assert drop.low <= drop.value <= drop.high
+    assert drop.value > 0
+
+
+def test_floors_are_written_in_the_unit_of_the_metric():
+    assert [format_drop(name, 0.0123) for name in ("agreement", "psnr", "kl", "cosine", "miou")] == [
+        "1.23%", "0.0123 dB", "0.0123", "0.0123", "1.23%",
+    ]  # fmt: skip
 
 
 def test_the_metric_must_fit():
     assert default_metric(quality()) == "agreement"
-    assert default_metric(quality("gaussian")) == "relative-error"
+    assert default_metric(quality("gaussian")) == "unexplained-variance"
     for metric, kind, message in (
         (
             "agreement",
@@ -102,8 +137,41 @@ def test_the_metric_must_fit():
         ),
         ("kl", "gaussian", "--metric kl: the model has no categorical or bernoulli output"),
         ("relative-error", "categorical", "--metric relative-error: the model has no gaussian output"),
-        ("accuracy", "categorical", "--metric accuracy: the data have no labels"),
-        ("f1", "categorical", "--metric f1: it can be agreement, kl, relative-error, accuracy"),
+        ("accuracy", "categorical", "--metric accuracy: the data have no labels .*what fits: agreement, kl"),
+        ("top-5", "categorical", "--metric top-5: the data have no labels"),
+        ("cosine", "gaussian", "--metric cosine: it was not asked for when quality was measured"),
+        ("f1", "categorical", "--metric f1: it can be agreement, kl, unexplained-variance, relative-error, accuracy"),
     ):
         with pytest.raises(UsageError, match=message):
             measured_drop(quality(kind), metric)
+
+
+@pytest.mark.parametrize(
+    ("metric", "kind", "classes", "message"),
+    [
+        ("top-5", "categorical", 3, r"no categorical output of 6 classes or more \(y categorical of 3 classes\)"),
+        (
+            "psnr",
+            "categorical",
+            10,
+            r"no gaussian output \(y categorical of 10 .*; what fits: .*accuracy, top-5",
+        ),
+        ("miou", "categorical", 10, "no categorical output with positions"),
+        (
+            "character-accuracy",
+            "gaussian",
+            10,
+            "what fits: unexplained-variance, relative-error, cosine, psnr",
+        ),
+    ],
+)
+def test_a_metric_that_does_not_fit_is_refused_with_what_does(metric, kind, classes, message):
+    models = [linear(weight[:, :classes]) for weight in (NEW, OLD)]
+    data = [Data({"x": X}, LABELS % classes if kind == "categorical" else None)]
+    with pytest.raises(UsageError, match=f"--metric {metric}: .*{message}"):
+        evaluate(models[0], data, reference=models[1], heads=[HeadSpec("y", kind)], metric=metric)
+
+
+def test_a_metric_needs_the_original():
+    with pytest.raises(UsageError, match="--metric accuracy compares with the original: give --reference"):
+        evaluate(linear(NEW), [Data({"x": X}, LABELS)], heads=[HeadSpec("y", "categorical")], metric="accuracy")

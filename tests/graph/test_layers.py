@@ -65,12 +65,12 @@ BY_HAND = [
     (convolution((8, 4, 5), ["n", 4, 20], strides=[3], pads=[2, 2]), Geometry(4, 8, (5,), (3,), 1, (7,), (20,)), 1120),
     (
         convolution((6, 4, 2, 2), ["n", 6, 5, 5], "ConvTranspose", strides=[2, 2]),
-        Geometry(6, 4, (2, 2), (2, 2), 1, (5, 5), (5, 5)),
+        Geometry(6, 4, (2, 2), (2, 2), 1, (10, 10), (5, 5), transposed=True),
         2400,
     ),
     (
         convolution((6, 2, 4, 4), ["n", 6, 5, 5], "ConvTranspose", group=3, strides=[2, 2]),
-        Geometry(6, 6, (4, 4), (2, 2), 3, (5, 5), (5, 5)),
+        Geometry(6, 6, (4, 4), (2, 2), 3, (12, 12), (5, 5), transposed=True),
         4800,
     ),
 ]
@@ -247,7 +247,30 @@ def test_reasons_of_products(nodes, arrays, reason):
         ((8, 1, 1, 1), ["n", 1, 8, 8], {}, "too small to factorise"),
         ((8, 4, 3, 3, 3), ["n", 4, 8, 8, 8], {}, None),
         ((8, 4, 1, 1, 1, 1), ["n", 4, 8, 8, 8, 8], {}, "a convolution over more than three axes"),
-        ((4, 8, 3, 3), ["n", 4, 8, 8], {"kind": "ConvTranspose"}, "ConvTranspose has no smaller form yet"),
+        ((4, 8, 3, 3), ["n", 4, 8, 8], {"kind": "ConvTranspose"}, None),
+        ((4, 1, 3, 3), ["n", 4, 8, 8], {"kind": "ConvTranspose"}, None),
+        ((4, 2, 3), ["n", 4, 8], {"kind": "ConvTranspose", "group": 2}, None),
+        ((4, 1, 1, 1), ["n", 4, 8, 8], {"kind": "ConvTranspose"}, "too small to factorise"),
+        ((1, 4, 3, 3), ["n", 1, 8, 8], {"kind": "ConvTranspose"}, "too small to factorise"),
+        ((4, 1, 3, 3), ["n", 4, 8, 8], {"kind": "ConvTranspose", "group": 4}, "depthwise"),
+        (
+            (4, 1366, 3, 3),
+            ["n", 4, 8, 8],
+            {"kind": "ConvTranspose"},
+            "gradient covariance of 12,294 x 12,294 is too large",
+        ),
+        (
+            (4, 8, 3, 3),
+            ["n", 4, 8, 8],
+            {"kind": "ConvTranspose", "output_shape": [10, 10]},
+            "its output_shape is given, and pads cannot say it",
+        ),
+        (
+            (4, 8, 1, 1, 1, 1),
+            ["n", 4, 8, 8, 8, 8],
+            {"kind": "ConvTranspose"},
+            "a convolution over more than three axes",
+        ),
     ],
 )
 def test_reasons_of_convolutions(weight, shape, options, reason):
@@ -382,5 +405,6 @@ def test_zoo_positions_are_those_of_the_values(name):
             model.graph.outputs.append(layer.node.outputs[0])
     found = run(ir.to_proto(model), case.inputs(1))
     for layer in layers:
-        if layer.op_type != "ConvTranspose":  # there the positions are those of the input
-            assert found[layer.output].size == layer.geometry.positions * layer.geometry.out_channels
+        geometry = layer.geometry
+        written = geometry.output_size if geometry.transposed else (geometry.positions,)
+        assert found[layer.output].size == math.prod(written) * geometry.out_channels

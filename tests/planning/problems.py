@@ -12,7 +12,7 @@ from tests.tiny import node, tiny, weights
 
 __all__ = ["SHAPES", "layer_of", "model_of", "problem_of", "random_statistics", "statistics_of"]
 
-SHAPES = {  # weight, groups, input
+SHAPES = {  # weight, groups, input; "up" are ConvTranspose
     "1x1": ((10, 6, 1, 1), 1, ["n", 6, 5, 5]),
     "3x3": ((8, 6, 3, 3), 1, ["n", 6, 5, 5]),
     "1x3": ((8, 6, 1, 3), 1, ["n", 6, 5, 5]),
@@ -24,6 +24,12 @@ SHAPES = {  # weight, groups, input
     "grouped conv1d": ((12, 5, 5), 2, ["n", 10, 9]),
     "few inputs": ((16, 2, 1, 3), 1, ["n", 2, 5, 5]),
     "matmul": ((6, 8), 1, ["n", 4, 6]),
+    "up 3x3": ((8, 6, 3, 3), 1, ["n", 8, 5, 5]),
+    "up 1x1": ((10, 6, 1, 1), 1, ["n", 10, 5, 5]),
+    "up conv1d": ((8, 6, 4), 1, ["n", 8, 9]),
+    "up conv3d": ((6, 5, 3, 2, 2), 1, ["n", 6, 3, 4, 3]),
+    "up grouped 3x2": ((12, 5, 3, 2), 2, ["n", 12, 5, 5]),
+    "up few outputs": ((16, 2, 1, 3), 1, ["n", 16, 5, 5]),
 }
 
 
@@ -35,9 +41,10 @@ def model_of(name: str) -> onnx.ModelProto:
         return tiny([node("MatMul", ["x", "w"], ["y"], "layer")], {"x": shape}, {"y": ["n", 4, 8]}, arrays)
     kernel = weight[2:]
     pads = [k // 2 for k in kernel] * 2
-    conv = node("Conv", ["x", "w", "b"], ["y"], "layer", group=groups, strides=[2] * len(kernel), pads=pads)
-    outputs = ["n", weight[0], *("abc"[: len(kernel)])]
-    return tiny([conv], {"x": shape}, {"y": outputs}, arrays | {"b": weights(weight[0], seed=1)})
+    operator, channels = ("ConvTranspose", weight[1] * groups) if name.startswith("up") else ("Conv", weight[0])
+    conv = node(operator, ["x", "w", "b"], ["y"], "layer", group=groups, strides=[2] * len(kernel), pads=pads)
+    outputs = ["n", channels, *("abc"[: len(kernel)])]
+    return tiny([conv], {"x": shape}, {"y": outputs}, arrays | {"b": weights(channels, seed=1)})
 
 
 def layer_of(name: str) -> Layer:
@@ -51,7 +58,7 @@ def random_statistics(layer: Layer, seed: int = 0, samples: int = 50) -> LayerSt
     rng = np.random.default_rng(seed)
     geometry = layer.geometry
     assert geometry is not None
-    inside, out = geometry.patch_size, geometry.out_channels // geometry.groups
+    inside, out = geometry.patch_size, geometry.cotangent_size
     count = samples * 8
     decay = np.geomspace(2, 0.2, inside)
     x = rng.normal(size=(geometry.groups, count, inside)) * decay @ rng.normal(size=(inside, inside)) / inside**0.5

@@ -29,8 +29,8 @@ def with_saliencies(network: Network) -> Statistics:
     statistics = statistics_of(network)
     random = np.random.default_rng(9)
     layers = {
-        name: replace(seen, saliency_sum=random.random(seen.cotangent_second_moment.shape[:2]))
-        for name, seen in statistics.layers.items()
+        layer.name: replace(statistics.layers[layer.name], saliency_sum=random.random(layer.weight().shape[:2]))
+        for layer in network.prunable
     }
     return replace(statistics, layers=layers)
 

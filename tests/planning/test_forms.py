@@ -28,7 +28,7 @@ def test_every_layer_has_a_form_and_every_form_a_layer():
     assert {name for _, name in APPLYING} == set(SHAPES)
     assert {form for form, _ in APPLYING} == set(SEARCHED)
     pointwise = {name for form, name in APPLYING if form == "two_factor"}
-    assert pointwise == {"1x1", "1x1x1", "grouped 1x1", "matmul"}
+    assert pointwise == {"1x1", "1x1x1", "grouped 1x1", "matmul", "up 1x1"}
     assert {form for form, name in APPLYING if name in pointwise} == {"two_factor", "block_diagonal"}
 
 
@@ -64,7 +64,7 @@ def test_losses_are_those_of_the_weights_written(form, name):
         if all(rank <= limit for rank, limit in zip(ranks, FORMS[form].limits(problem.geometry, ranks), strict=True))
     }  # fmt: skip
     assert set(found) == expected
-    exact = form in ("two_factor", "output_low_rank")
+    exact = form in ("two_factor", "input_low_rank" if problem.geometry.transposed else "output_low_rank")
     for ranks, predicted in found.items():
         stages = FORMS[form].stages(problem, ranks)
         actual = problem.loss(compose(stages))
@@ -101,9 +101,10 @@ def network_of(name: str):
         return open_network(tiny(nodes, {"x": shape}, {"y": ["n", 4, 8]}, {"w": weights(*weight)}))
     kernel = weight[2:]
     pads = [k // 2 for k in kernel] * 2
-    conv = node("Conv", ["x", "w"], ["y"], "layer", group=groups, strides=[2] * len(kernel), pads=pads)
+    operator, channels = ("ConvTranspose", weight[1] * groups) if name.startswith("up") else ("Conv", weight[0])
+    conv = node(operator, ["x", "w"], ["y"], "layer", group=groups, strides=[2] * len(kernel), pads=pads)
     return open_network(
-        tiny([conv], {"x": shape}, {"y": ["n", weight[0], *"abc"[: len(kernel)]]}, {"w": weights(*weight)})
+        tiny([conv], {"x": shape}, {"y": ["n", channels, *"abc"[: len(kernel)]]}, {"w": weights(*weight)})
     )
 
 
@@ -138,7 +139,7 @@ def test_structured_forms_lose_what_they_predict(form, name):
         ]
 
 
-@pytest.mark.parametrize("name", ["3x3", "1x3", "conv1d"])
+@pytest.mark.parametrize("name", ["3x3", "1x3", "conv1d", "up 3x3", "up conv1d"])
 def test_a_chain_has_the_shapes_of_its_links(name):
     problem = problem_of(name)
     for form in FORMS.values():
@@ -149,6 +150,45 @@ def test_a_chain_has_the_shapes_of_its_links(name):
                 shape = (link.groups, link.outputs // link.groups, link.inputs // link.groups, *taps)
                 assert stage.weight.shape == ((link.inputs,) if link.reorders else shape)
                 assert stage.axes == link.axes
+
+
+def test_ranks_of_a_transposed_convolution_by_hand():
+    """3x3 from 8 to 6 channels with stride 2, 5 x 5 to 10 x 10: the last 1x1 runs at the output resolution."""
+    geometry = Geometry(8, 6, (3, 3), (2, 2), 1, (10, 10), (5, 5), transposed=True)
+    assert dense_cost(geometry) == Cost(25 * 48 * 9, 48 * 9)
+    assert FORMS["input_low_rank"].cost(geometry, (4,)) == Cost(25 * (4 * 8 + 4 * 54), 4 * 8 + 4 * 54)
+    assert FORMS["output_low_rank"].cost(geometry, (3,)) == Cost(25 * 8 * 27 + 100 * 18, 8 * 27 + 18)
+    assert FORMS["tucker"].cost(geometry, (5, 3)) == Cost(25 * (40 + 5 * 27) + 100 * 18, 40 + 5 * 27 + 18)
+    # strides act axis by axis: 5 x 5, then 5 x 10, then 10 x 10
+    assert FORMS["spatial"].cost(geometry, (4,)) == Cost(25 * 8 * 12 + 50 * 4 * 18, 8 * 12 + 4 * 18)
+    assert FORMS["separable"].cost(geometry, (7,)) == Cost(25 * (56 + 63) + 100 * 42, 56 + 63 + 42)
+    assert FORMS["input_low_rank"].limits(geometry) == (8,)
+    assert FORMS["output_low_rank"].limits(geometry) == (6,)
+    assert FORMS["tucker"].limits(geometry) == (8, 6)
+    wide = Geometry(16, 2, (1, 3), (1, 1), 1, (5, 5), (5, 5), transposed=True)
+    assert FORMS["tucker"].limits(wide) == (6, 2)  # the core has 2 x 3 outputs
+    assert FORMS["tucker"].limits(wide, (4, 1)) == (3, 2)
+
+
+@pytest.mark.parametrize("name", ["up 3x3", "up conv3d", "up grouped 3x2"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_less_input_for_a_transposed_convolution_costs_the_singular_values_dropped(name, rank):
+    """`G^(1/2) W A^(1/2)` with A not centred: half the sum of the squares, and the bias stays."""
+    problem = problem_of(name)
+    seen, groups = problem.statistics, problem.geometry.groups
+    loss = 0.0
+    for weight, a, g in zip(problem.weight, seen.input_factor, seen.output_factor, strict=True):
+        matrix = weight.swapaxes(0, 1).reshape(weight.shape[1], -1).T  # [o * taps, c]
+        a = a + 1e-4 * np.trace(a) / len(a) * np.eye(len(a))
+        g = g + 0.05 * np.trace(g) / len(g) * np.eye(len(g))
+        roots = (np.linalg.cholesky(g).T, np.linalg.cholesky(a))
+        values = np.linalg.svd(roots[0] @ matrix @ roots[1], compute_uv=False)
+        loss += 0.5 * seen.uncentred.coherence * np.square(values[rank:]).sum()
+    stages = FORMS["input_low_rank"].stages(problem, (rank,))
+    assert dict(FORMS["input_low_rank"].losses(problem, 1))[rank,] == pytest.approx(loss, rel=1e-4)
+    assert problem.loss(compose(stages)) == pytest.approx(loss, rel=1e-4)
+    assert [stage.weight.shape[0] for stage in stages] == [groups, groups]
+    np.testing.assert_array_equal(problem.bias(compose(stages)), problem.layer.bias())
 
 
 def test_groups_divide_the_channels():

@@ -81,10 +81,10 @@ def test_no_budget_no_plan(network):
 
 def test_layers_without_statistics_are_left_alone(network):
     statistics = statistics_of(network)
-    first, second = (layer.name for layer in network.prunable)
+    first, *others = (layer.name for layer in network.prunable)
     del statistics.layers[first]
     plan = make_plan(network, statistics, [Macs(0.95)], round_to=4)
-    assert set(plan.choices) == {second}
+    assert set(plan.choices) == set(others)
     assert plan.skipped[first] == "no statistics were collected"
     statistics.skipped[first] = "no rule for Frobnicate"
     assert make_plan(network, statistics, [Macs(0.95)], round_to=4).skipped[first] == "no rule for Frobnicate"
@@ -132,10 +132,12 @@ def test_an_edited_plan_is_counted_anew(network, saved):
 
 
 def test_entries_may_be_short(network, saved):
-    first, second = (layer.name for layer in network.prunable)
+    first, second, *others = (layer.name for layer in network.prunable)
 
     def change(data):
-        data["layers"] = {first: {"form": DENSE}, second: {"form": "input_low_rank", "ranks": [8]}}
+        data["layers"] = {name: {"form": DENSE} for name in (first, *others)} | {
+            second: {"form": "input_low_rank", "ranks": [8]}
+        }
 
     plan = edit(saved, network, change)
     assert list(plan.changed) == [second]
@@ -152,7 +154,13 @@ def layer_edit(name, **entry):
 SECOND = "/1/1.0/Conv"  # 8 to 16 channels, 3x3
 IMPOSSIBLE = [
     ("ghost", {"form": "tucker", "ranks": [1, 1]}, "is not in the model"),
-    ("/2/ConvTranspose", {"form": "tucker", "ranks": [1, 1]}, "cannot be pruned: ConvTranspose"),
+    (
+        "/2/ConvTranspose",
+        {"form": "two_factor", "ranks": [4]},
+        "does not apply to it; it can be dense, output_low_rank",
+    ),
+    ("/2/ConvTranspose", {"form": "tucker", "ranks": [17, 4]}, "rank 17 of form 'tucker' must be from 1 to 16"),
+    ("/4/ConvTranspose", {"form": "tucker", "ranks": [8, 4]}, "rank 4 of form 'tucker' must be from 1 to 3"),
     (SECOND, {"form": "mystery", "ranks": [1]}, "unknown form 'mystery'; it can be dense, removed, two_factor"),
     (SECOND, {"form": ["tucker"], "ranks": [1]}, "unknown form"),
     (SECOND, {"ranks": [1]}, "unknown form None"),

@@ -19,18 +19,23 @@ from tests.planning.problems import SHAPES, model_of
 from tests.tiny import node, run, serialized, tiny, weights
 
 BATCH = 3
-NOTHING = {"strides": 1, "pads": 0, "dilations": 1}
+NOTHING = {"strides": 1, "pads": 0, "dilations": 1, "output_padding": 0}
 AWKWARD = {
     "uneven pads": ({"pads": [0, 1, 2, 3], "strides": [2, 1]}, (3, 5)),
     "dilated": ({"dilations": [2, 1], "pads": [2, 0, 2, 1]}, (3, 3)),
     "same upper": ({"auto_pad": "SAME_UPPER", "strides": [2, 3]}, (3, 3)),
     "valid": ({"auto_pad": "VALID", "strides": [2, 1]}, (3, 2)),
     "plain": ({}, (3, 3)),
+    "up": ({"strides": [2, 3], "pads": [1, 0, 0, 1], "output_padding": [1, 2]}, (3, 4)),
+    "up same": ({"auto_pad": "SAME_LOWER", "strides": [2, 1], "dilations": [1, 2]}, (4, 3)),
 }
 
 
 def awkward(name: str) -> onnx.ModelProto:
     attributes, kernel = AWKWARD[name]
+    if name.startswith("up"):
+        up = node("ConvTranspose", ["x", "w"], ["y"], "layer", **attributes)
+        return tiny([up], {"x": ["n", 6, 5, 4]}, {"y": ["n", 8, "h", "w"]}, {"w": weights(6, 8, *kernel)})
     conv = node("Conv", ["x", "w"], ["y"], "layer", **attributes)
     return tiny([conv], {"x": ["n", 6, 9, 11]}, {"y": ["n", 8, "h", "w"]}, {"w": weights(8, 6, *kernel)})
 
@@ -51,7 +56,7 @@ def described(model: onnx.ModelProto) -> list[tuple[object, ...]]:
     constants = {tensor.name: list(tensor.dims) for tensor in inferred.initializer}
     found = []
     for part in inferred.node:
-        if part.op_type in ("Conv", "Gemm", "MatMul", "Gather"):
+        if part.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"):
             given = {a.name: onnx.helper.get_attribute_value(a) for a in part.attribute}
             plain = {k: v for k, v in given.items() if k not in NOTHING or set(v) != {NOTHING[k]}}
             found.append((part.op_type, shapes[part.input[0]], constants[part.input[1]], plain))
@@ -94,7 +99,7 @@ def test_the_workload_of_a_layer_as_it_is(name):
     (expected,) = described(at_batch(onnx.load_from_string(serialized(network.model)), BATCH))
     assert read[:3] == expected[:3]
     attributes = {**expected[3], "group": layer.geometry.groups, "kernel_shape": list(layer.geometry.kernel)}
-    assert read[3] == (attributes if layer.op_type == "Conv" else {})
+    assert read[3] == (attributes if layer.geometry.kernel else {})
     assert workload.dtype == "FLOAT"
 
 

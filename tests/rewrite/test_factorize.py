@@ -11,11 +11,11 @@ import pytest
 from onnx_ir.passes import PreconditionError
 
 from onnx_kfe.calibration import LayerStatistics, Statistics
-from onnx_kfe.graph import Network, count_macs, count_parameters, find_layers, open_network
+from onnx_kfe.graph import Network, count_macs, count_parameters, find_layers, open_network, serialize
 from onnx_kfe.planning import FORMS, Candidate, LayerProblem, Macs, Params, Plan, Planner, compose, network_cost
 from onnx_kfe.rewrite import Chain, FactorizePass, apply_plan, write_chains
 from tests.planning.problems import random_statistics, statistics_of
-from tests.tied import pyramid, samples, siamese, stacked
+from tests.tied import pyramid, samples, siamese, stacked, upsampled
 from tests.tiny import node, run, tiny, weights
 
 
@@ -50,14 +50,17 @@ def assert_same(model: onnx.ModelProto, smaller: ir.Model, shape: tuple[int, ...
             np.testing.assert_allclose(found[name], array, rtol=rtol, atol=rtol * np.abs(array).max(), err_msg=name)
 
 
-def convolution(weight: tuple[int, ...], bias: bool = True, dtype: type = np.float32, **attributes: object):
-    channels, spatial = weight[1] * int(attributes.get("group", 1)), len(weight) - 2  # type: ignore[call-overload]
-    arrays = {"w": weights(*weight, dtype=dtype)} | ({"b": weights(weight[0], seed=1, dtype=dtype)} if bias else {})
-    nodes = [node("Conv", ["x", *arrays], ["h"], "conv", **attributes), node("Relu", ["h"], ["y"], "relu")]
+def convolution(
+    weight: tuple[int, ...], bias: bool = True, dtype: type = np.float32, operator: str = "Conv", **attributes: object
+):
+    spatial, ends = len(weight) - 2, (weight[0], weight[1] * int(attributes.get("group", 1)))  # type: ignore[call-overload]
+    outputs, channels = ends if operator == "Conv" else ends[::-1]
+    arrays = {"w": weights(*weight, dtype=dtype)} | ({"b": weights(outputs, seed=1, dtype=dtype)} if bias else {})
+    nodes = [node(operator, ["x", *arrays], ["h"], "conv", **attributes), node("Relu", ["h"], ["y"], "relu")]
     element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     sizes = [11, 10, 7][:spatial]
     return tiny(
-        nodes, {"x": ["n", channels, *sizes]}, {"y": ["n", weight[0], *"abc"[:spatial]]}, arrays, dtype=element
+        nodes, {"x": ["n", channels, *sizes]}, {"y": ["n", outputs, *"abc"[:spatial]]}, arrays, dtype=element
     ), (channels, *sizes)
 
 
@@ -80,13 +83,32 @@ GEOMETRIES = [
     ((8, 6, 3, 2, 3), {"auto_pad": "SAME_LOWER", "strides": [2, 2, 1]}),
     ((12, 4, 3, 1, 2), {"group": 2}),
 ]
+TRANSPOSED = [
+    ((8, 6, 3, 3), {}),
+    ((8, 6, 3, 3), {"pads": [1, 0, 2, 1]}),
+    ((8, 6, 4, 3), {"strides": [2, 3], "pads": [1, 1, 1, 0], "output_padding": [1, 2]}),
+    ((8, 6, 3, 2), {"strides": [2, 1], "dilations": [1, 3], "kernel_shape": [3, 2]}),
+    ((8, 6, 2, 2), {"strides": [3, 2], "dilations": [3, 1], "output_padding": [2, 1], "pads": [2, 0, 1, 0]}),
+    ((8, 6, 3, 4), {"auto_pad": "SAME_UPPER", "strides": [2, 3]}),
+    ((8, 6, 4, 3), {"auto_pad": "SAME_LOWER", "strides": [1, 2]}),
+    ((8, 6, 3, 3), {"auto_pad": "VALID", "strides": [2, 2], "output_padding": [1, 0]}),
+    ((12, 5, 3, 3), {"group": 2, "pads": [1, 1, 1, 1]}),
+    ((12, 4, 1, 1), {"group": 3}),
+    ((8, 6, 1, 1), {"strides": [2, 3]}),
+    ((8, 6, 4), {"strides": [2], "pads": [1, 1]}),
+    ((8, 6, 1), {}),
+    ((8, 4, 3), {"group": 2, "dilations": [2]}),
+    ((6, 4, 3, 3, 2), {"strides": [2, 1, 2], "pads": [1, 0, 0, 1, 1, 0], "output_padding": [1, 0, 1]}),
+    ((8, 3, 2, 1, 3), {"group": 2, "auto_pad": "SAME_UPPER", "strides": [2, 1, 1]}),
+]
+EVERY = [("Conv", *geometry) for geometry in GEOMETRIES] + [("ConvTranspose", *geometry) for geometry in TRANSPOSED]
 
 
-@pytest.mark.parametrize(("weight", "attributes"), GEOMETRIES)
+@pytest.mark.parametrize(("operator", "weight", "attributes"), EVERY)
 @pytest.mark.parametrize("bias", [False, True])
-def test_every_geometry_in_every_form(weight, attributes, bias):
+def test_every_geometry_in_every_form(operator, weight, attributes, bias):
     """Borders included, a chain gives what the one weight gives that it amounts to."""
-    model, shape = convolution(weight, bias, **attributes)
+    model, shape = convolution(weight, bias, operator=operator, **attributes)
     network = open_network(model)
     (layer,) = network.layers
     for name, form in FORMS.items():
@@ -94,27 +116,29 @@ def test_every_geometry_in_every_form(weight, attributes, bias):
             continue
         ranks = limits if name == "block_diagonal" else tuple(max(1, limit // 2) for limit in limits)
         stages = form.stages(LayerProblem(layer, None), ranks)
-        given = np.zeros(weight[0]) if layer.bias() is None else layer.bias()
+        given = np.zeros(layer.geometry.out_channels) if layer.bias() is None else layer.bias()
         smaller = write_chains(
             network, Plan("", {}, network_cost(network)), None, {"conv": Chain(layer, name, stages, given)}
         )
         composed = onnx.ModelProto()
         composed.CopyFrom(model)
         (old,) = (tensor for tensor in composed.graph.initializer if tensor.name == "w")
-        dense = compose(stages).reshape(weight).astype(np.float32)
+        dense = compose(stages).swapaxes(1, 2) if operator == "ConvTranspose" else compose(stages)
+        dense = dense.reshape(weight).astype(np.float32)
         old.CopyFrom(onnx.numpy_helper.from_array(dense, "w"))
         assert_same(composed, smaller, shape)
         assert [n.op_type for n in smaller.graph][-1] == "Relu"
-        *inner, last = (n for n in smaller.graph if n.op_type == "Conv")
+        assert onnx.ModelProto.FromString(serialize(smaller)).opset_import == model.opset_import
+        *inner, last = (n for n in smaller.graph if n.op_type in ("Conv", "ConvTranspose"))
         assert all(len(n.inputs) == 2 for n in inner)
         assert len(last.inputs) == 2 + bias
         # a reordering that keeps the groups together is absorbed
         assert sum(n.op_type == "Gather" for n in smaller.graph) <= sum(stage.reorders for stage in stages)
 
 
-@pytest.mark.parametrize(("weight", "attributes"), GEOMETRIES)
-def test_every_geometry_at_full_rank(weight, attributes):
-    model, shape = convolution(weight, **attributes)
+@pytest.mark.parametrize(("operator", "weight", "attributes"), EVERY)
+def test_every_geometry_at_full_rank(operator, weight, attributes):
+    model, shape = convolution(weight, operator=operator, **attributes)
     (layer,) = open_network(model).layers
     for name, form in FORMS.items():
         if form.limits(layer.geometry) and name not in ("separable", "block_diagonal", "eigendamage_depthwise"):
@@ -380,7 +404,7 @@ def factors_of(model: ir.Model, name: str) -> list[ir.Value]:
     return [each.inputs[1] for each in model.graph if (each.name or "").startswith(f"{name}/") and len(each.inputs) > 1]
 
 
-@pytest.mark.parametrize("make", [pyramid, stacked, siamese])
+@pytest.mark.parametrize("make", [pyramid, stacked, siamese, upsampled])
 @pytest.mark.parametrize("centred", [False, True])
 def test_nodes_that_share_a_weight_share_its_factors(make: Callable[[], onnx.ModelProto], centred: bool):
     model = make()
@@ -395,7 +419,7 @@ def test_nodes_that_share_a_weight_share_its_factors(make: Callable[[], onnx.Mod
     assert not {node.name for node in smaller.graph} & {layer.name for layer in network.layers}
 
 
-@pytest.mark.parametrize("make", [pyramid, stacked, siamese])
+@pytest.mark.parametrize("make", [pyramid, stacked, siamese, upsampled])
 def test_costs_of_shared_weights_are_those_of_the_model(make: Callable[[], onnx.ModelProto]):
     """MACs at every node, parameters once, biases that come and go aside."""
     network = open_network(make())

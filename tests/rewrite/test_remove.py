@@ -262,3 +262,19 @@ def test_what_is_no_branch_is_refused():
     ):
         with pytest.raises(PreconditionError, match=message):
             RemovePass(dict.fromkeys(names, mean))(network.model.clone())
+
+
+def test_a_branch_that_ends_in_a_transposed_convolution() -> None:
+    nodes = [
+        node("Conv", ["x", "v"], ["h"], "first", strides=[2, 2]),
+        node("ConvTranspose", ["h", "w"], ["b"], "last", strides=[2, 2]),
+        node("Add", ["b", "x"], ["s"], "sum"),
+        node("Relu", ["s"], ["y"], "relu"),
+    ]
+    arrays = {"v": weights(6, 4, 2, 2), "w": weights(6, 4, 2, 2)}
+    network = open_network(tiny(nodes, {"x": ["n", 4, 6, 8]}, {"y": ["n", 4, 6, 8]}, arrays))
+    mean, feeds = weights(4, seed=5), {"x": weights(2, 4, 6, 8)}
+    smaller = removed(network, {"last": mean})
+    assert [each.op_type for each in smaller.graph] == ["Add", "Relu"]
+    found = run(smaller, feeds)["y"]
+    np.testing.assert_allclose(found, np.maximum(feeds["x"] + mean[None, :, None, None], 0), rtol=1e-6)

@@ -4,7 +4,7 @@ Torch is imported where it is used: `_run.py` and what belongs to it are importe
 """
 
 from onnx_kfe.recovery.training._augment import image_input
-from onnx_kfe.recovery.training._intermediate import find_intermediate, with_outputs
+from onnx_kfe.recovery.training._intermediate import find_intermediate
 from onnx_kfe.recovery.training._module import to_torch, write_back
 from onnx_kfe.recovery.training._schedule import SCHEDULES
 from onnx_kfe.recovery.training._settings import OPTIMIZERS, PRECISIONS, Epoch, Settings, learning_rate_of
@@ -19,6 +19,5 @@ __all__ = [
     "image_input",
     "learning_rate_of",
     "to_torch",
-    "with_outputs",
     "write_back",
 ]

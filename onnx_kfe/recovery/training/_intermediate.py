@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from onnx_kfe.errors import UsageError
+from onnx_kfe.graph import computed_values
 
-__all__ = ["AUTO", "find_intermediate", "with_outputs"]
+__all__ = ["AUTO", "find_intermediate"]
 
 AUTO = "auto"
 """In the place of names: what comes out of residual sums."""
@@ -29,32 +30,19 @@ def find_intermediate(student: ir.Model, teacher: ir.Model, names: Sequence[str]
     Raises:
         UsageError: A value is missing in one of them, or there are no such sums.
     """
-    common = [name for name in _computed(student) if name in _computed(teacher)]
+    common = [name for name in computed_values(student) if name in computed_values(teacher)]
     if list(names) == [AUTO]:
-        found = [name for name in common if _is_behind_sum(_computed(teacher)[name])]
+        found = [name for name in common if _is_behind_sum(computed_values(teacher)[name])]
         if not found:
             raise UsageError(f"--intermediate {AUTO}: the models have no residual sums in common; name the values")
         return found
     for name in names:
         if name not in common:
-            where = "is no value that both models compute" if name in _computed(teacher) else "is none of the teacher's"
+            known = name in computed_values(teacher)
+            where = "is no value that both models compute" if known else "is none of the teacher's"
             some = ", ".join(f"'{each}'" for each in common[:: max(len(common) // _SHOWN, 1)][:_SHOWN])
             raise UsageError(f"--intermediate '{name}' {where}; some that both have: {some}")
     return list(names)
-
-
-def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy of a model that gives these values too, behind its own outputs."""
-    extended = model.clone()
-    values = _computed(extended)
-    extended.graph.outputs.extend(values[name] for name in names if not values[name].is_graph_output())
-    for name in names:
-        values[name].dtype = values[name].dtype or ir.DataType.FLOAT
-    return extended
-
-
-def _computed(model: ir.Model) -> dict[str, ir.Value]:
-    return {value.name: value for node in model.graph for value in node.outputs if value.name}
 
 
 def _is_behind_sum(value: ir.Value) -> bool:

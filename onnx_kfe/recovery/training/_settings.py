@@ -10,7 +10,7 @@ from onnx_kfe.recovery.training._schedule import SCHEDULES
 
 __all__ = ["OPTIMIZERS", "PRECISIONS", "Epoch", "Settings", "learning_rate_of"]
 
-OPTIMIZERS = {"soap": 1e-4, "adamw": 3e-5, "sgd": 1e-4}
+OPTIMIZERS = {"soap": 2e-4, "adamw": 3e-5, "sgd": 1e-4}
 """The peak of the learning rate where none is given, by optimizer."""
 
 PRECISIONS = ("float32", "bfloat16")

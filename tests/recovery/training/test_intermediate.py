@@ -9,7 +9,8 @@ import pytest
 
 import onnx_kfe as kfe
 from onnx_kfe.errors import KfeError, UsageError
-from onnx_kfe.recovery.training import find_intermediate, with_outputs
+from onnx_kfe.graph import with_outputs
+from onnx_kfe.recovery.training import find_intermediate
 from tests.networks import classifier, samples
 from tests.tiny import node, run, tiny, weights
 
