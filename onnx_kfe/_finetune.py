@@ -14,12 +14,11 @@ import onnx_ir as ir
 from onnx_kfe import calibration
 from onnx_kfe._headed import head_specs, trainable
 from onnx_kfe._measure import evaluate, note_skipped
-from onnx_kfe.calibration import Dataset, DataSource, ImageOptions, input_specs, open_dataset
+from onnx_kfe.calibration import DEFAULT_MEMORY, Dataset, DataSource, ImageOptions, input_specs, open_dataset
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.evaluation import HeadSpec, Quality
 from onnx_kfe.graph import ModelSource, check_output, load, open_network, save, source_name, with_outputs
 from onnx_kfe.progress import Progress, StagesOnly
-from onnx_kfe.recovery import DEFAULT_MEMORY
 from onnx_kfe.recovery.training import (
     Epoch,
     Settings,

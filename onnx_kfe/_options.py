@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from onnx_kfe import recovery
+from onnx_kfe import calibration
 from onnx_kfe._bandit_search import DEFAULT_EVALUATIONS
 from onnx_kfe._finetune import DEFAULT_BATCH, DEFAULT_EPOCHS, DEFAULT_OPTIMIZER
 from onnx_kfe._recipe import CURVATURES
@@ -67,8 +67,8 @@ Labels = Annotated[Path | None, typer.Option("--labels", help="CSV of file,label
 _DATA_HELP = "Inputs: image folder, .npz, .npy, test_data_set folder, or package.module:function; repeatable."
 Data = Annotated[list[str] | None, typer.Option("--data", help=_DATA_HELP)]
 
-Memory = Annotated[str, typer.Option(help="Memory for activations or samples, the rest goes to disk.")]
-DEFAULT_MEMORY = f"{recovery.DEFAULT_MEMORY >> 30}GB"
+Memory = Annotated[str, typer.Option(help="Memory for sums, activations or samples, the rest goes to disk.")]
+DEFAULT_MEMORY = f"{calibration.DEFAULT_MEMORY >> 30}GB"
 
 Providers = Annotated[list[str] | None, typer.Option(help="Execution provider, CPU by default; repeatable.")]
 

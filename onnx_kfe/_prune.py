@@ -26,7 +26,7 @@ from onnx_kfe.graph import ModelSource, Network
 from onnx_kfe.planning import Budget, Latency, Macs, Plan, Planner
 from onnx_kfe.progress import Progress, StagesOnly
 from onnx_kfe.result import Result
-from onnx_kfe.rewrite import Chain, Narrowed, add_losses, narrow, solve_plan, write_chains
+from onnx_kfe.rewrite import Chain, Narrowed, add_losses, narrow, rotate, solve_plan, write_chains
 
 __all__ = ["DEFAULT_BUDGET", "Pruning", "Recovery", "Samples", "at_seen_shapes", "check_loss", "collect", "divide"]
 
@@ -38,7 +38,7 @@ _SYNTHETIC_SAMPLES = 16
 
 
 class Recovery(NamedTuple):
-    """Whether to refit, in how much memory (bytes of activations), going on from which folder."""
+    """Whether to refit, in how much memory (bytes of activations; of sums as well), going on from which folder."""
 
     refit: bool
     memory: int
@@ -132,7 +132,8 @@ class Pruning:
         """Collect statistics where none were given and there are samples."""
         if self.statistics is None and self.samples.measured is not None:
             self.statistics = collect(
-                self.network, self.samples.measured, self.heads, self.loss, self.seed, (0, 1), self.machine,
+                self.network, self.samples.measured, self.heads, self.loss, self.seed, (0, 1), self.recovery.memory,
+                self.machine,
                 self.progress, self.recipe.curvature,
             )  # fmt: skip
         if self.statistics is None:
@@ -198,7 +199,8 @@ class Pruning:
         def collected(network: Network) -> Statistics:
             quiet = StagesOnly(self.progress)
             return collect(
-                network, samples, self.heads, self.loss, self.seed, (0, 1), self.machine, quiet, self.recipe.curvature
+                network, samples, self.heads, self.loss, self.seed, (0, 1), self.recovery.memory, self.machine, quiet,
+                self.recipe.curvature,
             )  # fmt: skip
 
         course, epochs, count = self._course(), self.recipe.epochs, self.recipe.rounds
@@ -224,9 +226,12 @@ class Pruning:
         """The model of which a schedule decides what goes, a plan how much."""
         assert self.statistics is not None
         assert self.recipe.schedule is not None
+        network, statistics = self.network, self.statistics
+        if plan.rotates:
+            network, statistics = rotate(network, statistics)
         course = self._course()
         model, plan = course.pruned(
-            self.network, self.statistics, plan, self.recipe.method.form, self.recipe.schedule, self.recipe.epochs
+            network, statistics, plan, self.recipe.method.form, self.recipe.schedule, self.recipe.epochs
         )  # fmt: skip
         course.done()
         return Result(self.network, model, plan, {}, self.statistics, source=self.source, laps=laps)
@@ -301,6 +306,7 @@ def collect(
     loss: Loss | None,
     seed: int,
     shard: tuple[int, int],
+    memory: int,
     machine: Machine,
     progress: Progress,
     curvature: str = "kfac",
@@ -321,7 +327,8 @@ def collect(
         raise KfeError(f"{dataset.describe()}: no samples to collect statistics on")
     with progress.stage("collecting", dataset.count()) as advance:
         statistics = calibration.collect(
-            network, dataset, heads=heads, loss=loss, seed=seed, shard=shard, providers=machine.providers,
+            network, dataset, heads=heads, loss=loss, seed=seed, shard=shard, memory=memory,
+            providers=machine.providers,
             threads=machine.threads, progress=advance,
         )  # fmt: skip
     if curvature == "kfac":

@@ -27,7 +27,7 @@ from onnx_kfe.planning import (
 )
 from onnx_kfe.progress import Progress
 from onnx_kfe.recovery.schedules import find_schedule
-from onnx_kfe.rewrite import narrow
+from onnx_kfe.rewrite import narrow, rotate
 
 __all__ = ["CURVATURES", "Planned", "Recipe", "make_plan", "make_planner", "plan_by", "stadium_for"]
 
@@ -161,7 +161,10 @@ def make_plan(
         for name, choice in found.plan.choices.items()
     }
     return replace(
-        found, plan=replace(found.plan, choices=choices, channels=first.channels, compensates=first.compensates)
+        found,
+        plan=replace(
+            found.plan, choices=choices, channels=first.channels, compensates=first.compensates, rotates=first.rotates
+        ),
     )
 
 
@@ -221,9 +224,12 @@ def make_planner(
     with progress.stage("planning"):
         if method.form is None:
             spares = None if not method.weighs_costs else Params if kind is Params else Macs
+            rotates = method.weighs_costs and statistics is not None
+            if rotates and statistics is not None:
+                network, statistics = rotate(network, statistics)
             return ChannelPlanner(
                 network, statistics, method.importance, spares=spares, round_to=round_to or DEFAULT_ROUND_TO,
-                nanoseconds=nanoseconds,
+                nanoseconds=nanoseconds, rotates=rotates,
             )  # fmt: skip
         if statistics is None:
             raise UsageError(f"--method {method.name} needs statistics: give --data or --stats")

@@ -19,6 +19,7 @@ from onnx_kfe._measure import Machine, benchmark, evaluate, measure_quality, not
 from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, check_loss, divide
 from onnx_kfe._recipe import CURVATURES, Recipe, make_plan
 from onnx_kfe.calibration import (
+    DEFAULT_MEMORY,
     Dataset,
     DataSource,
     ImageOptions,
@@ -34,7 +35,6 @@ from onnx_kfe.evaluation import Quality
 from onnx_kfe.graph import ModelSource, Network, open_network
 from onnx_kfe.planning import Budget, Macs, Plan, Planner
 from onnx_kfe.progress import Progress, StagesOnly
-from onnx_kfe.recovery import DEFAULT_MEMORY
 from onnx_kfe.result import Result
 from onnx_kfe.rewrite import apply_plan
 
@@ -90,6 +90,7 @@ def collect(
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
     curvature: str = "kfac",
+    memory: int = DEFAULT_MEMORY,
     providers: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
@@ -108,6 +109,7 @@ def collect(
         shard: ``(i, n)`` collects the i-th of n parts, to be merged.
         curvature: ``kfac``, or ``ekfac``: a second pass over the data measures the variances of the gradient in the
             eigenbases of the factors as well.
+        memory: Bytes of sums that are collected at once; what takes more is collected in several passes over the data.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
         progress: Shows what is going on.
@@ -122,7 +124,7 @@ def collect(
     own = None if loss is None else open_loss(loss, network)
     dataset = _opened(data, network, own, images, labels, max_samples, shown)
     machine = Machine(providers, threads)
-    statistics = _prune.collect(network, dataset, heads, own, seed, shard, machine, shown, curvature)
+    statistics = _prune.collect(network, dataset, heads, own, seed, shard, memory, machine, shown, curvature)
     note_skipped(dataset, shown)
     return statistics
 
@@ -319,7 +321,7 @@ def prune(
         threads: Threads, all cores when None.
         batch: Samples of a run whose latency counts.
         refit: Whether to solve the layers anew, front to back, on the samples (see `recovery.refit`).
-        memory: Bytes of activations that the refit keeps in memory.
+        memory: Bytes of sums that are collected at once, and of activations that the refit keeps in memory.
         checkpoint: Folder from which an interrupted refit goes on, removed when it is done.
         max_drop: Instead of a plan: find the smallest model that is no more than this worse than the original, on
             samples that neither the statistics nor the refit saw.

@@ -57,6 +57,7 @@ def create_session(
     profile: Path | None = None,
     shared_threads: bool = False,
     spin: bool = True,
+    prepack: bool = True,
 ) -> ort.InferenceSession:
     """Create an inference session.
 
@@ -68,6 +69,7 @@ def create_session(
         profile: Path and beginning of the name of the file to which ``end_profiling`` writes what each node took.
         shared_threads: Whether the session takes the threads of `share_threads` instead of some of its own.
         spin: Whether threads wait for the next run in a loop, in the way of whatever else computes in between.
+        prepack: Whether weights are copied into the order that is fastest to compute with.
 
     Raises:
         UsageError: A provider is not available here.
@@ -88,6 +90,8 @@ def create_session(
         options.use_per_session_threads = False
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     source = str(model) if isinstance(model, Path) else model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -147,7 +148,7 @@ class Emitter:
     def constant(self, array: np.ndarray) -> ir.Value:
         """An initializer that holds an array."""
         array = np.asarray(array, order="C")  # unlike ascontiguousarray it leaves a scalar a scalar
-        key = (array.dtype.name, array.shape, array.tobytes())
+        key = (array.dtype.name, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._constants:
             name = self.unique("constant")
             tensor = ir.Tensor(array, name=name)

@@ -1,7 +1,7 @@
 """Calibration: data readers, heads, the instrumented graph, collection and the statistics container."""
 
 from onnx_kfe.calibration._batches import Batch, Batches, batches
-from onnx_kfe.calibration._collect import collect
+from onnx_kfe.calibration._collect import DEFAULT_MEMORY, collect
 from onnx_kfe.calibration._data import Dataset, DataSource, Item, open_dataset
 from onnx_kfe.calibration._eigen_moments import collect_eigen_moments
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads, sample_noise
@@ -19,6 +19,7 @@ from onnx_kfe.calibration._statistics import Statistics, merge
 from onnx_kfe.calibration._synthetic import synthetic_dataset
 
 __all__ = [
+    "DEFAULT_MEMORY",
     "HEAD_KINDS",
     "Batch",
     "Batches",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,12 +17,15 @@ from onnx_kfe.calibration._loss import Loss
 from onnx_kfe.calibration._passes import Progress, batch_size, blocks, data_specs, input_specs, run_pass
 from onnx_kfe.calibration._patches import channel_major
 from onnx_kfe.calibration._statistics import Statistics
+from onnx_kfe.calibration._weight_file import WeightFile
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.graph import Network
 
-__all__ = ["collect"]
+__all__ = ["DEFAULT_MEMORY", "collect"]
 
+DEFAULT_MEMORY = 4 * 2**30
 _SCALE_SAMPLES = 64  # samples whose outputs give a Gaussian head its unit
+_SUM, _ADDED = 8, 4  # bytes of an element of a sum, and of what a node adds to it by batch
 
 
 def collect(
@@ -32,13 +36,16 @@ def collect(
     loss: Loss | None = None,
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
+    memory: int = DEFAULT_MEMORY,
     providers: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = lambda samples: None,
 ) -> Statistics:
     """Collect the K-FAC statistics of every prunable layer over the data.
 
-    Memory on the host does not depend on the number of samples: a batch of activations and one sum a layer.
+    Memory on the host does not depend on the number of samples: a batch of activations and one sum a layer. Where the
+    sums of all layers take too much, there are several passes over the data, each for as many layers as fit; what a
+    pass found goes to a temporary file.
 
     Args:
         network: The model.
@@ -47,6 +54,7 @@ def collect(
         loss: What is differentiated in the place of the heads: the empirical Fisher information, see `open_loss`.
         seed: Seed of noise and positions.
         shard: ``(i, n)``: collect the i-th of n parts, to be merged.
+        memory: Bytes that the sums of a pass may take, if those of a single layer do.
         providers: Execution providers, CPU when empty.
         threads: Threads, all cores when None.
         progress: Called with the number of samples done since the last call.
@@ -60,36 +68,82 @@ def collect(
         raise UsageError(f"--shard {index}/{count}: shards are numbered 0 to {count - 1}")
     first = next(iter(data))
     shapes = {spec.name: first.sample[spec.name].shape for spec in input_specs(network.model)}
+    if not network.input_shapes and any(layer.geometry is None for layer in network.layers):
+        network = network.with_input_shapes(shapes)  # typical ones may be none that the model can take
     specs = data_specs(network.model, loss)
     size = batch_size(network, shapes)
     copy = differentiable_copy(network.model)
-    forward = Forward(copy, detect_heads(copy.graph, heads), providers=providers, threads=threads)
+    weights = WeightFile(copy)
+    forward = Forward(copy, detect_heads(copy.graph, heads), weights, providers=providers, threads=threads)
     scaled = forward.scaled_heads(itertools.islice(blocks(data, size, specs), -(-_SCALE_SAMPLES // size)))
     if loss is not None:
         loss.check(copy, data, specs, providers=providers, threads=threads)
     instrumented = instrument(copy, network.prunable, scaled, loss)
-    probes = {probe.layer.name: probe for probe in instrumented.probes}
-    sums = {
-        layer.name: _Sums(*(probes[use.name] for use in layer.uses))
-        for layer in network.prunable
-        if layer.name in probes
-    }
-    names = [name for probe in instrumented.probes for name in probe.outputs]
+    weights = WeightFile(instrumented.model)  # those of the backward pass as well
+    found = {probe.layer.name: probe for probe in instrumented.probes}
+    nodes = [[found[use.name] for use in layer.uses] for layer in network.prunable if layer.name in found]
+    passes = _passes(nodes, memory)
+    advance = _shared(progress, len(passes))
+
+    def collected(layers: Sequence[Sequence[Probe]]) -> Statistics:
+        probes = [probe for nodes in layers for probe in nodes]
+        session = weights.session(instrumented.part(probes), providers=providers, threads=threads)
+        names = [name for probe in probes for name in probe.outputs]
+        batches = run_pass(
+            session, names, blocks(data, size, specs, shard), forward, scaled, seed, loss=loss, progress=advance
+        )
+        summed, samples = _summed(layers, batches)
+        if samples == 0:
+            raise KfeError(f"{data.describe()}: no samples in shard {index}/{count}")
+        return Statistics(
+            network.fingerprint, seed, samples, scaled, shapes, summed, instrumented.skipped, [(index, count)],
+            loss=loss.fingerprint if loss is not None else None,
+        )  # fmt: skip
+
+    parts = [collected(layers) if len(passes) == 1 else collected(layers).on_disk() for layers in passes]
+    return dataclasses.replace(parts[0], layers={name: seen for part in parts for name, seen in part.layers.items()})
+
+
+def _summed(
+    layers: Sequence[Sequence[Probe]], batches: Iterable[tuple[int, dict[str, np.ndarray]]]
+) -> tuple[dict[str, LayerStatistics], int]:
+    """The statistics of some layers, given as their nodes, and the number of samples, from what a pass yields."""
+    sums = {first.layer.name: _Sums(first, *others) for first, *others in layers}
     samples = 0
-    for done, results in run_pass(
-        instrumented.model, names, blocks(data, size, specs, shard), forward, scaled, seed,
-        loss=loss, providers=providers, threads=threads, progress=progress,
-    ):  # fmt: skip
+    for done, results in batches:
         for layer in sums.values():
             layer.add(results, done)
         samples += done
-    if samples == 0:
-        raise KfeError(f"{data.describe()}: no samples in shard {index}/{count}")
-    return Statistics(
-        network.fingerprint, seed, samples, scaled, shapes,
-        {name: layer.statistics() for name, layer in sums.items()}, instrumented.skipped, [(index, count)],
-        loss=loss.fingerprint if loss is not None else None,
-    )  # fmt: skip
+        results.clear()  # before those of the next batch take as much again
+    return {name: sums.pop(name).statistics() for name in list(sums)}, samples
+
+
+def _passes(layers: Sequence[Sequence[Probe]], memory: int) -> list[list[Sequence[Probe]]]:
+    """The layers of each pass, given as their nodes, in order, as many as fit."""
+    passes: list[list[Sequence[Probe]]] = []
+    free = 0
+    for nodes in layers:
+        geometry = nodes[0].layer.geometry
+        assert geometry is not None
+        needed = (_SUM + _ADDED * len(nodes)) * geometry.groups * (geometry.patch_size**2 + geometry.cotangent_size**2)
+        if not passes or needed > free:
+            passes.append([])
+            free = memory
+        passes[-1].append(nodes)
+        free -= needed
+    return passes
+
+
+def _shared(progress: Progress, passes: int) -> Progress:
+    """Progress for all passes together, each of which sees every sample."""
+    seen = 0
+
+    def advance(samples: int) -> None:
+        nonlocal seen
+        progress((seen + samples) // passes - seen // passes)
+        seen += samples
+
+    return advance
 
 
 class _Sums:

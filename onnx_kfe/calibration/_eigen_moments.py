@@ -22,6 +22,7 @@ from onnx_kfe.calibration._loss import Loss
 from onnx_kfe.calibration._passes import ACTIVATION_BUDGET, Progress, batch_size, blocks, data_specs, run_pass
 from onnx_kfe.calibration._patches import channel_major
 from onnx_kfe.calibration._statistics import Statistics
+from onnx_kfe.calibration._weight_file import WeightFile
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Layer, Network
 from onnx_kfe.kfe import EigenMoments, eigen_bases
@@ -62,19 +63,21 @@ def collect_eigen_moments(
         raise KfeError("second moments in the eigenbases need the whole statistics: merge the shards first")
     statistics.check_loss(loss.fingerprint if loss is not None else None)
     copy = differentiable_copy(network.model)
-    forward = Forward(copy, statistics.heads, providers=providers, threads=threads)
+    weights = WeightFile(copy)
+    forward = Forward(copy, statistics.heads, weights, providers=providers, threads=threads)
     known = [layer for layer in network.prunable if layer.name in statistics.layers]
     if not (layers := [layer for layer in known if not layer.transposed]):
         return statistics
     specs, size = data_specs(network.model, loss), _batch_size(network, statistics, layers)
     bases = {layer.name: _bases(layer, statistics.layers[layer.name]) for layer in layers}
     model, outputs = _instrument(copy, layers, statistics, bases, loss)
-    names = [name for parts in outputs.values() for name in parts]
+    weights = WeightFile(model)  # those of the backward pass and the bases as well
+    session = weights.session(model, providers=providers, threads=threads)
+    names, numbered = [name for parts in outputs.values() for name in parts], blocks(data, size, specs)
     samples = 0
     for done, results in run_pass(
-        model, names, blocks(data, size, specs), forward, statistics.heads, statistics.seed,
-        loss=loss, providers=providers, threads=threads, progress=progress,
-    ):  # fmt: skip
+        session, names, numbered, forward, statistics.heads, statistics.seed, loss=loss, progress=progress
+    ):
         for layer in layers:
             order = channel_major(_geometry(layer))
             sums = bases[layer.name].second_moment
@@ -115,7 +118,7 @@ def _instrument(
     statistics: Statistics,
     bases: Mapping[str, EigenMoments],
     loss: Loss | None,
-) -> tuple[bytes, dict[str, list[str]]]:
+) -> tuple[ir.Model, dict[str, list[str]]]:
     """The model that computes a batch's sums, and the names of the outputs that make up those of a layer, by its name.
 
     A sample's gradients by a weight at several nodes are added before the square, where these have the same samples.
@@ -132,7 +135,7 @@ def _instrument(
     for (name, _), parts in gradients.items():
         outputs[name].append(emit_squares(whole.emit, parts))
     found = {name: [value.name or "" for value in values] for name, values in outputs.items()}
-    return whole.serialized([value for values in outputs.values() for value in values]), found
+    return whole.with_outputs([value for values in outputs.values() for value in values]), found
 
 
 def _samples(value: ir.Value) -> object:

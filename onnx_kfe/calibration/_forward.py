@@ -9,9 +9,8 @@ import onnx_ir as ir
 
 from onnx_kfe.calibration._batches import Batch
 from onnx_kfe.calibration._heads import Head
+from onnx_kfe.calibration._weight_file import WeightFile
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import serialize
-from onnx_kfe.runtime import create_session
 
 __all__ = ["Forward"]
 
@@ -24,12 +23,19 @@ class Forward:
     Args:
         model: As of `differentiable_copy`; it is not changed.
         heads: The heads.
+        weights: Those of the model.
         providers: Execution providers.
         threads: Threads.
     """
 
     def __init__(
-        self, model: ir.Model, heads: Sequence[Head], *, providers: Sequence[str] = (), threads: int | None = None
+        self,
+        model: ir.Model,
+        heads: Sequence[Head],
+        weights: WeightFile,
+        *,
+        providers: Sequence[str] = (),
+        threads: int | None = None,
     ) -> None:
         self._heads = list(heads)
         copy = model.clone()
@@ -37,7 +43,7 @@ class Forward:
         self._sources = list(dict.fromkeys(head.source for head in heads))
         copy.graph.outputs.clear()
         copy.graph.outputs.extend(values[name] for name in self._sources)
-        self._session = create_session(serialize(copy), providers=providers, threads=threads)
+        self._session = weights.session(copy, providers=providers, threads=threads)
         self._known: dict[tuple[object, ...], Shapes] = {}
 
     def run(self, batch: Batch) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from onnx_kfe.autodiff import Emitter, append_gradients
 from onnx_kfe.calibration._coherence import emit_cotangent_means, emit_position_means
@@ -18,7 +18,7 @@ from onnx_kfe.calibration._opset import at_opset, working_opset
 from onnx_kfe.calibration._padding import Padding, find_padding
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs, features_last
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Layer, Network, serialize
+from onnx_kfe.graph import Layer, Network
 
 __all__ = [
     "PHASE_INPUT",
@@ -65,6 +65,11 @@ class Probe:
     gate_gradients: str
 
     @property
+    def second_moments(self) -> tuple[str, str]:
+        """The outputs that are large."""
+        return self.input_second_moment, self.cotangent_second_moment
+
+    @property
     def outputs(self) -> list[str]:
         """All names, in order."""
         return [
@@ -79,14 +84,28 @@ class Instrumented:
     """An instrumented model.
 
     Attributes:
-        model: Serialised.
+        model: The model, whose outputs are those of the probes.
         probes: One for each node of the layers with statistics.
         skipped: Why there are none, by layer name.
     """
 
-    model: bytes
+    model: ir.Model
     probes: list[Probe]
     skipped: dict[str, str]
+
+    def part(self, probes: Sequence[Probe]) -> ir.Model:
+        """The model with the second moments of these probes alone.
+
+        All else that is computed stays, for ONNX Runtime fuses nodes by what else reads their outputs, and what it
+        fuses is rounded differently.
+        """
+        part = self.model.clone()
+        every, wanted = ({name for probe in some for name in probe.second_moments} for some in (self.probes, probes))
+        left_out = every - wanted
+        outputs = [value for value in part.graph.outputs if value.name not in left_out]
+        part.graph.outputs.clear()
+        part.graph.outputs.extend(outputs)
+        return RemoveUnusedNodesPass()(part).model
 
 
 def noise_input(head: Head) -> str:
@@ -128,11 +147,11 @@ class Differentiated:
     skipped: dict[str, str]
     padding: Padding | None
 
-    def serialized(self, outputs: Sequence[ir.Value]) -> bytes:
-        """The model with these values as its only outputs."""
+    def with_outputs(self, outputs: Sequence[ir.Value]) -> ir.Model:
+        """The model, now with these values as its only outputs."""
         self.model.graph.outputs.clear()
         self.model.graph.outputs.extend(outputs)
-        return serialize(self.model)
+        return self.model
 
 
 def differentiate(
@@ -208,7 +227,8 @@ def instrument(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise KfeError(f"no layer can be collected ({reasons})" if reasons else "the model has no prunable layer")
     probes = [Probe(node, *(value.name or "" for value in found[node.name])) for node in nodes]
-    return Instrumented(whole.serialized([value for node in nodes for value in found[node.name]]), probes, skipped)
+    model = whole.with_outputs([value for node in nodes for value in found[node.name]])
+    return Instrumented(model, probes, skipped)
 
 
 def _skipped(layers: Sequence[Layer], lacking: Mapping[str, str]) -> dict[str, str]:

@@ -69,6 +69,21 @@ class PositionMeans:
             self.cotangent_mean_square * cotangent_share,
         )  # fmt: skip
 
+    def in_basis(self, inputs: Array, input_ratio: float, cotangent_ratio: float) -> PositionMeans:
+        """The sums in another basis, taking the shares of the means for the same in all directions.
+
+        Args:
+            inputs: Q of ``x' = Q x``, ``[c, c]``.
+            input_ratio: Variance of the input there over that here.
+            cotangent_ratio: Squared norm of the cotangents there over that here.
+        """
+        mean = inputs @ self.input_mean
+        around = self.input_mean_square - float(np.square(self.input_mean).sum()) / self.rows
+        return PositionMeans(
+            self.rows, mean, around * input_ratio + float(np.square(mean).sum()) / self.rows,
+            self.cotangent_mean_square * cotangent_ratio,
+        )  # fmt: skip
+
     def __add__(self, other: PositionMeans) -> PositionMeans:
         return PositionMeans(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
@@ -175,6 +190,32 @@ class LayerStatistics:
             self.common.cut(columns, share) if self.common.rows else self.common,
             None if self.saliency_sum is None else self.saliency_sum.reshape(-1)[rows].reshape(groups, -1),
         )  # fmt: skip
+
+    def in_basis(self, outputs: Array, inputs: Array) -> LayerStatistics:
+        """The statistics of the layer with other bases of its channels; for one group, and inputs for one tap.
+
+        Moments in eigenbases are dropped, and so are saliencies, which are of the channels as they were.
+
+        Args:
+            outputs: R of ``y' = R y``, ``[out, out]``, so that cotangents become ``R^-T g``.
+            inputs: Q of ``x' = Q x``, ``[in, in]``; the identity of a layer with more than one tap.
+        """
+        back = np.linalg.inv(outputs)
+        taps = self.input_sum.shape[1] // len(inputs)
+        patches = np.kron(inputs, np.eye(taps))
+        turned = LayerStatistics(
+            patches @ self.input_second_moment @ patches.T, self.input_sum @ patches.T,
+            back.T @ self.cotangent_second_moment @ back, self.positions, self.samples,
+        )  # fmt: skip
+        if not self.common.rows:
+            return turned
+        ratios = [
+            float(np.trace(after[0]) / max(np.trace(before[0]), _TINY))
+            for after, before in (
+                (turned.centred_input_factor, self.centred_input_factor), (turned.output_factor, self.output_factor)
+            )
+        ]  # fmt: skip
+        return dataclasses.replace(turned, common=self.common.in_basis(inputs, *ratios))
 
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         sums = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +18,9 @@ from onnx_kfe.calibration._instrument import PHASE_INPUT, activation_bytes, nois
 from onnx_kfe.calibration._loss import Loss
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Network, concrete_shapes, nominal_input_shapes
-from onnx_kfe.runtime import create_session
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 __all__ = ["ACTIVATION_BUDGET", "Progress", "batch_size", "blocks", "data_specs", "input_specs", "run_pass"]
 
@@ -74,7 +76,7 @@ def blocks(
 
 
 def run_pass(
-    model: bytes,
+    session: ort.InferenceSession,
     names: Sequence[str],
     numbered: Iterable[tuple[int, Batch]],
     forward: Forward,
@@ -82,22 +84,18 @@ def run_pass(
     seed: int,
     *,
     loss: Loss | None = None,
-    providers: Sequence[str],
-    threads: int | None,
     progress: Progress,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Run an instrumented model over batches.
 
     Args:
-        model: Serialised.
+        session: Of the model.
         names: Its outputs.
         numbered: As of `blocks`.
         forward: The model up to its heads.
         heads: The heads, with their scales.
         seed: Seed of noise and positions.
         loss: What is differentiated in the place of the heads.
-        providers: Execution providers, CPU when empty.
-        threads: Threads, all cores when None.
         progress: Called with the number of samples done since the last call.
 
     Yields:
@@ -106,7 +104,6 @@ def run_pass(
     Raises:
         KfeError: ONNX Runtime fails on a batch.
     """
-    session = create_session(model, providers=providers, threads=threads)
     for block, batch in numbered:
         given = _noise(batch, forward, heads, seed) if loss is None else loss.feeds(batch)
         feeds = _feeds(session, batch, given, seed, block)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors
-import safetensors.numpy
-
 import onnx_kfe
 from onnx_kfe.calibration._heads import Head
 from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
+from onnx_kfe.calibration._tensor_file import map_tensors, write_tensors
 from onnx_kfe.errors import KfeError, UsageError
-from onnx_kfe.graph import replace_whole
 from onnx_kfe.kfe import Array, EigenMoments
 
 __all__ = ["Statistics", "merge"]
@@ -58,9 +55,7 @@ class Statistics:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as safetensors, sums in float64, whole or not at all."""
         tensors = {
-            f"{name}/{key}": np.array(array, np.float64, order="C")
-            for name, layer in self.layers.items()
-            for key, array in _tensors(layer).items()
+            f"{name}/{key}": array for name, layer in self.layers.items() for key, array in _tensors(layer).items()
         }
         header = {
             "model_hash": self.model_hash, "seed": self.seed, "samples": self.samples,
@@ -69,11 +64,11 @@ class Statistics:
             "shards": self.shards, "versions": self.versions, "loss": self.loss,
         }  # fmt: skip
         metadata = {"format": _FORMAT, "statistics": json.dumps(header)}
-        replace_whole(path, safetensors.numpy.save(tensors, metadata))
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Read what `save` wrote.
+        """Open what `save` wrote: the sums lie in the file, which is read where they are used.
 
         Raises:
             KfeError: The file is missing or no statistics file.
@@ -81,9 +76,7 @@ class Statistics:
         if not Path(path).is_file():
             raise KfeError(f"{path}: no such file")
         try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors, metadata = map_tensors(path)
         except Exception as error:
             raise KfeError(f"{path}: not a statistics file, or a truncated one") from error
         if metadata.get("format") != _FORMAT:
@@ -92,6 +85,17 @@ class Statistics:
             return cls._from_parts(json.loads(metadata["statistics"]), tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise KfeError(f"{path}: a damaged statistics file; collect them again") from error
+
+    def on_disk(self) -> Statistics:
+        """The same with its sums in a temporary file, which goes with the last of them.
+
+        Raises:
+            KfeError: There is no space for it.
+        """
+        with tempfile.TemporaryDirectory(prefix="onnx-kfe-", ignore_cleanup_errors=True) as folder:
+            path = Path(folder, "statistics.safetensors")
+            self.save(path)
+            return self.load(path)
 
     @classmethod
     def _from_parts(cls, header: dict[str, Any], tensors: Mapping[str, Array]) -> Statistics:

@@ -25,7 +25,16 @@ from onnx_kfe.graph._network import Network, open_network
 from onnx_kfe.graph._normalize import normalize
 from onnx_kfe.graph._outputs import computed_values, with_outputs
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
-from onnx_kfe.graph.groups import ChannelGroup, ChannelGroups, LayerCut, Member, find_groups
+from onnx_kfe.graph.groups import (
+    ChannelGroup,
+    ChannelGroups,
+    LayerCut,
+    Member,
+    Product,
+    Products,
+    find_groups,
+    find_products,
+)
 
 __all__ = [
     "Branch",
@@ -38,6 +47,8 @@ __all__ = [
     "Member",
     "ModelSource",
     "Network",
+    "Product",
+    "Products",
     "check_output",
     "computed_values",
     "concrete_shapes",
@@ -48,6 +59,7 @@ __all__ = [
     "find_groups",
     "find_junction",
     "find_layers",
+    "find_products",
     "fingerprint",
     "initializer_array",
     "load",

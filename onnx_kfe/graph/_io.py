@@ -177,13 +177,13 @@ def check_output(output: str | os.PathLike[str], *inputs: ModelSource) -> Path:
     return path
 
 
-def replace_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` so that the file appears whole or not at all."""
+def replace_whole(path: str | os.PathLike[str], data: bytes | Iterable[memoryview]) -> None:
+    """Write `data`, or one part of it after another, to `path` so that the file appears whole or not at all."""
     target = check_output(path)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except OSError as error:

@@ -94,6 +94,15 @@ class Network:
             self, model=model, layers=layers, whole=self.whole or self, cuts=cuts, shifts=shifts
         )  # fmt: skip
 
+    def reweighed(self, model: ir.Model) -> Network:
+        """The network of a model with the same nodes and other weights."""
+        reasons = {layer.name: layer.reason for layer in self.layers}
+        layers = [
+            dataclasses.replace(layer, reason=reasons.get(layer.name, layer.reason))
+            for layer in find_layers(model, self.input_shapes)
+        ]
+        return dataclasses.replace(self, model=model, layers=layers)
+
     def with_input_shapes(self, input_shapes: Mapping[str, Sequence[int]]) -> Network:
         """The same network with costs counted at other input shapes."""
         given = {name: tuple(shape) for name, shape in input_shapes.items()}

@@ -26,8 +26,15 @@ __all__ = ["normalize"]
 logger = logging.getLogger(__name__)
 
 # Fusing a projection's Add into a batched Gemm wraps it in two Reshapes; merging Q, K and V hides the layers that the
-# user knows; sharing equal initializers would tie layers together that only happen to start alike.
-_SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv", "eliminate_duplicate_initializer"]
+# user knows, and so does an Attention of ONNX Runtime's own; sharing equal initializers would tie layers together that
+# only happen to start alike.
+_SKIPPED_OPTIMIZERS = [
+    "fuse_matmul_add_bias_into_gemm_batched",
+    "fuse_qkv",
+    "fuse_attention",
+    "fuse_gqa",
+    "eliminate_duplicate_initializer",
+]
 _LAYOUTS = {"com.microsoft.nchwc", "com.ms.internal.nhwc"}
 _FOLDING_LIMIT = 2**28  # bytes of a constant, transposed weights among them
 

@@ -11,6 +11,7 @@ from onnx_kfe.kfe._coordinates import (
 )
 from onnx_kfe.kfe._covariance import Array, above_rounding, centre, channel_covariance, predicted_loss, symmetrize
 from onnx_kfe.kfe._importance import IMPORTANCES, Importance, Scores
+from onnx_kfe.kfe._joint import Balance, balance
 from onnx_kfe.kfe._low_rank import TwoFactor, two_factor
 from onnx_kfe.kfe._pivoting import BlockDiagonal, block_diagonal
 from onnx_kfe.kfe._separable import Separable, separable, separable_losses
@@ -21,6 +22,7 @@ __all__ = [
     "BASES",
     "IMPORTANCES",
     "Array",
+    "Balance",
     "BlockDiagonal",
     "Coordinates",
     "EigenMoments",
@@ -31,6 +33,7 @@ __all__ = [
     "TwoFactor",
     "Whitening",
     "above_rounding",
+    "balance",
     "block_diagonal",
     "centre",
     "channel_coordinates",

@@ -77,6 +77,7 @@ class ChannelPlanner(ThresholdPlanner):
             costs least. None for the importance alone, as published methods have it.
         round_to: Grid of the numbers of channels that are kept; any number when None.
         nanoseconds: Latency of a run of the original, where there is a budget of latency.
+        rotates: Whether heads of the network were rotated, which plans are to say.
 
     Raises:
         BudgetError: No group can be pruned.
@@ -95,12 +96,14 @@ class ChannelPlanner(ThresholdPlanner):
         spares: type[Budget] | None = None,
         round_to: int | None = None,
         nanoseconds: int = 0,
+        rotates: bool = False,
     ) -> None:
         if statistics is not None:
             statistics.check_model(network.fingerprint, network.name)
         elif IMPORTANCES[importance].needs != "weights":
             raise UsageError(f"--method {importance} needs statistics: give --data or --stats")
         self._network, self._statistics, self._importance = network, statistics, IMPORTANCES[importance]
+        self._rotates = rotates
         self._sides = ("rows",) if self._importance.needs == "saliency" else ("rows", "columns")
         self._channels = find_groups(network)
         self._layers = {layer.name: layer for layer in network.layers}
@@ -147,7 +150,8 @@ class ChannelPlanner(ThresholdPlanner):
             choices[layer.name] = Candidate(DENSE, (), cost, loss)
         kept = {name: tuple(map(int, np.flatnonzero(mask))) for name, mask in masks.items() if not mask.all()}
         return Plan(
-            self._network.fingerprint, choices, self._original, budget, self._skipped, kept, compensates
+            self._network.fingerprint, choices, self._original, budget, self._skipped, kept, compensates,
+            self._rotates,
         )  # fmt: skip
 
     def _layer_scores(self) -> Iterator[tuple[str, Scores]]:

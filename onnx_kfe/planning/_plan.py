@@ -40,6 +40,7 @@ class Plan:
         channels: The units that are kept of channel groups of which some are removed, by name of the group; `choices`
             are for the layers that are left then.
         compensates: Whether the weights that stay make up for the channels that go.
+        rotates: Whether the channels are those of rotated heads, see `rewrite.rotate`.
     """
 
     model_hash: str
@@ -49,6 +50,7 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
     channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     compensates: bool = False
+    rotates: bool = False
 
     @property
     def changed(self) -> dict[str, Candidate]:
@@ -102,7 +104,7 @@ class Plan:
                 for name, choice in self.choices.items()
             },
             "skipped": self.skipped,
-            **({"compensates": self.compensates} if self.channels else {}),
+            **({"compensates": self.compensates, "rotates": self.rotates} if self.channels else {}),
             **({"channels": {name: _ranges(kept) for name, kept in self.channels.items()}} if self.channels else {}),
         }  # fmt: skip
 
@@ -124,6 +126,7 @@ class Plan:
         plan = cls(
             network.fingerprint, {}, network_cost(network), data.get("budget", ""), data.get("skipped", {}),
             _channels(path, network, data.get("channels", {})), bool(data.get("compensates", False)),
+            bool(data.get("rotates", False)),
         )  # fmt: skip
         try:
             layers = {layer.name: layer for layer in plan.cut_layers(network)}

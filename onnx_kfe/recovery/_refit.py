@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from onnx_kfe.calibration import Dataset, LayerStatistics, Statistics, batch_size, batches, fixed_batch, input_specs
+from onnx_kfe.calibration import (
+    DEFAULT_MEMORY,
+    Dataset,
+    LayerStatistics,
+    Statistics,
+    batch_size,
+    batches,
+    fixed_batch,
+    input_specs,
+)
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network
 from onnx_kfe.kfe import Array
@@ -23,9 +32,8 @@ from onnx_kfe.recovery._samples import Block, Samples
 from onnx_kfe.recovery._solve import InputMoments, fit
 from onnx_kfe.rewrite import Chain, removed_chain, solve_chain
 
-__all__ = ["DEFAULT_MEMORY", "refit", "refusal", "settled_layers"]
+__all__ = ["refit", "refusal", "settled_layers"]
 
-DEFAULT_MEMORY = 4 * 2**30
 _DENSE_STEPS = 2  # towards what is reachable, of a whole weight
 _CODE_STEPS = 3  # and of the last factor of a chain
 

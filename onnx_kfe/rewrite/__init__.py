@@ -16,6 +16,7 @@ from onnx_kfe.rewrite._merge import Merge, MergePass, is_smaller
 from onnx_kfe.rewrite._narrow import Narrowed, narrow
 from onnx_kfe.rewrite._remove import RemovePass
 from onnx_kfe.rewrite._reweigh import ReweighPass, Weights
+from onnx_kfe.rewrite._rotate import Rotated, rotate
 
 __all__ = [
     "AbsorbPass",
@@ -27,12 +28,14 @@ __all__ = [
     "Narrowed",
     "RemovePass",
     "ReweighPass",
+    "Rotated",
     "Weights",
     "add_losses",
     "apply_plan",
     "is_smaller",
     "narrow",
     "removed_chain",
+    "rotate",
     "sketch_plan",
     "solve_chain",
     "solve_plan",

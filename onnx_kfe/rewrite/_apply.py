@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -140,7 +141,7 @@ def _chain_of(node: ir.Node, chains: Mapping[str, Chain]) -> str | None:
 
 def sketch_plan(network: Network, plan: Plan) -> ir.Model:
     """The model of a plan with weights that are noise: as fast as with those that are worth their long solution."""
-    network = narrow(network, plan, None).network
+    network = narrow(network, replace(plan, rotates=False), None).network
     layers = {layer.name: layer for layer in network.layers}
     random = np.random.default_rng(0)
     chains = {}

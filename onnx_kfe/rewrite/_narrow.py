@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from onnx_kfe.calibration import Statistics
+from onnx_kfe.errors import UsageError
 from onnx_kfe.graph import Network, find_groups
 from onnx_kfe.planning import LayerProblem, Plan, cut_layer
 from onnx_kfe.rewrite._channels import ChannelPass
 from onnx_kfe.rewrite._reweigh import ReweighPass, Weights
+from onnx_kfe.rewrite._rotate import rotate
 
 __all__ = ["Narrowed", "narrow"]
 
@@ -32,7 +34,7 @@ def narrow(network: Network, plan: Plan, statistics: Statistics | None) -> Narro
     """A network without the channels that a plan gives up.
 
     Layers that lose inputs, ConvTranspose apart, get the mean of what these gave as a bias, and where the plan says so
-    weights that make up for the rest as well as can be predicted.
+    weights that make up for the rest as well as can be predicted. Where the plan says so, heads are rotated first.
 
     Args:
         network: The network.
@@ -40,10 +42,14 @@ def narrow(network: Network, plan: Plan, statistics: Statistics | None) -> Narro
         statistics: Of the network; without them what is left is as it was.
 
     Raises:
-        UsageError: The plan's channels are not those of the network.
+        UsageError: The plan's channels are not those of the network, or those of rotated heads without statistics.
     """
     if not plan.channels:
         return Narrowed(network, statistics, {})
+    if plan.rotates:
+        if statistics is None:
+            raise UsageError("the plan's channels are those of rotated heads: give --data or --stats")
+        network, statistics = rotate(network, statistics)
     groups = find_groups(network)
     masks = plan.masks(groups)
     cuts = groups.cut(masks)

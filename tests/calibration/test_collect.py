@@ -2,23 +2,29 @@
 
 import itertools
 import math
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import parser
 
-from onnx_kfe.calibration import Head, Statistics, _patches, collect, merge, open_dataset, sample_noise
+from onnx_kfe.calibration import Head, Statistics, _patches, _weight_file, collect, merge, open_dataset, sample_noise
 from onnx_kfe.calibration import input_specs as specs_of
+from onnx_kfe.calibration._instrument import Instrumented, Probe
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Network, open_network, serialize
+from onnx_kfe.graph import Network, _io, open_network, serialize
 from onnx_kfe.kfe import predicted_loss
 from onnx_kfe.runtime import create_session
 from tests.cases import INPUT, load_case
 from tests.tied import pyramid, samples, siamese, stacked, upsampled
+from tools.bench_memory import encoder
 from tools.torch_oracle import Noise, Output, TorchOracle, relative_error
 
 TOLERANCE = 1e-4
@@ -196,6 +202,77 @@ def test_shards_merge_into_the_single_run():
             assert np.allclose(getattr(merged.layers[name], key), getattr(layer, key), rtol=1e-9, atol=1e-12), name
         assert merged.layers[name].positions == layer.positions
         assert merged.layers[name].samples == layer.samples
+
+
+@pytest.mark.parametrize("name", ["residual-11", "gelu_mlp-17", "tokenizer_transformer-17", "two_heads-13"])
+def test_several_passes_give_exactly_what_one_does(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    case = load_case(name)
+    network = open_network(case.model)
+    feeds = case.inputs(20)
+    whole = collected(network, feeds, threads=1)
+    moments = {name: (s.input_second_moment.size, s.cotangent_second_moment.size) for name, s in whole.layers.items()}
+    memory = 12 * max(map(sum, moments.values()))  # a float64 sum and a float32 addend of the largest layer
+
+    passes: list[list[str]] = []
+    models: list[ir.Model] = []
+
+    def part(self: Instrumented, probes: list[Probe]) -> ir.Model:
+        passes.append([probe.layer.name for probe in probes])
+        models.append(original(self, probes))
+        return models[-1]
+
+    original = Instrumented.part
+    monkeypatch.setattr(Instrumented, "part", part)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done: list[int] = []
+    found = collected(network, feeds, threads=1, memory=memory, progress=done.append)
+
+    assert len(passes) >= 2
+    assert [layer for names in passes for layer in names] == list(whole.layers)
+    assert all(12 * sum(sum(moments[layer]) for layer in names) <= memory for names in passes)
+    matmuls = [sum(node.op_type in ("MatMul", "Gemm") for node in model.graph) for model in models]
+    outputs = [len(model.graph.outputs) for model in models]
+    small = 7 * len(moments)
+    assert [count - small for count in outputs] == [2 * len(names) for names in passes]
+    assert len({count - 2 * len(names) for count, names in zip(matmuls, passes, strict=True)}) == 1
+    assert sum(done) == 20
+    assert not list(tmp_path.iterdir())
+
+    assert list(found.layers) == list(whole.layers)
+    assert (found.samples, found.heads, found.skipped) == (whole.samples, whole.heads, whole.skipped)
+    for layer, expected in whole.layers.items():
+        seen = found.layers[layer]
+        for key in ("input_second_moment", "input_sum", "cotangent_second_moment", "saliency_sum"):
+            np.testing.assert_array_equal(getattr(seen, key), getattr(expected, key), err_msg=f"{layer}: {key}")
+        assert (seen.positions, seen.samples) == (expected.positions, expected.samples)
+        assert seen.coherence == expected.coherence
+
+
+def test_models_that_no_protobuf_holds_are_collected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    encoder(tmp_path / "encoder.onnx", layers=1, width=160, inner=320, heads=4, vocabulary=10, tokens=6)
+    feeds = {"tokens": np.random.default_rng(0).integers(0, 10, (8, 6))}
+    expected = collected(open_network(tmp_path / "encoder.onnx"), feeds)
+    assert not expected.skipped
+
+    monkeypatch.setattr(_io, "_PROTOBUF_LIMIT", 2**18)
+    monkeypatch.setattr(_weight_file, "_MOST_PREPACKED", 2**18)
+    prepacked: list[bool] = []
+
+    def create(model: Path, *, prepack: bool, **options: Any) -> Any:
+        assert model.stat().st_size < model.with_name("weights").stat().st_size / 2
+        prepacked.append(prepack)
+        return create_session(model, prepack=prepack, **options)
+
+    monkeypatch.setattr(_weight_file, "create_session", create)
+    network = open_network(tmp_path / "encoder.onnx")
+    with pytest.raises(KfeError, match="over 2 GiB"):
+        serialize(network.model)
+    found = collected(network, feeds)
+    assert prepacked == [False, False]  # forward, and forward with backward
+    assert set(found.layers) == set(expected.layers)
+    for name, seen in found.layers.items():
+        assert relative_error(seen.input_factor, expected.layers[name].input_factor) < 1e-5
+        assert relative_error(seen.output_factor, expected.layers[name].output_factor) < 1e-5
 
 
 def test_a_seed_fixes_everything():

@@ -43,6 +43,38 @@ def test_what_is_left_has_the_statistics_of_its_own_data(groups) -> None:
     assert found.coherence == pytest.approx(wanted.coherence, rel=0.5)  # of shares taken for alike in all channels
 
 
+@pytest.mark.parametrize("side", ["outputs", "inputs", "both"])
+def test_other_bases_have_the_statistics_of_the_data_in_them(side) -> None:
+    random = np.random.default_rng(3)
+    inputs = random.normal(size=(1, SAMPLES, POSITIONS, 4, TAPS)) + random.normal(size=(1, 1, 1, 4, 1))
+    cotangents = random.normal(size=(1, SAMPLES, POSITIONS, 6))
+    outward = np.eye(6) if side == "inputs" else random.normal(size=(6, 6))
+    inward = np.eye(4) if side == "outputs" else random.normal(size=(4, 4))
+    eigen = EigenMoments(np.zeros((1, 4, 4)), np.zeros((1, 6, 6)), np.zeros((1, 6, 4, TAPS)))
+    found = statistics_of(inputs, cotangents, eigen).in_basis(outward, inward)
+    wanted = statistics_of(np.einsum("dc,gspct->gspdt", inward, inputs), cotangents @ np.linalg.inv(outward))
+    for name in ("mean", "input_factor", "centred_input_factor", "output_factor"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), atol=1e-9, err_msg=name)
+    assert (found.positions, found.samples) == (wanted.positions, wanted.samples)
+    assert found.saliency is None
+    assert found.eigen is None
+    np.testing.assert_allclose(found.common.input_mean, wanted.common.input_mean)
+    assert found.coherence == pytest.approx(wanted.coherence, rel=0.5)  # of shares taken for alike in all directions
+
+
+def test_orthogonal_bases_have_the_same_coherence() -> None:
+    """Norms are the same in them, and so are the shares."""
+    random = np.random.default_rng(4)
+    whole = statistics_of(
+        random.normal(size=(1, SAMPLES, POSITIONS, 4, TAPS)), random.normal(size=(1, SAMPLES, POSITIONS, 6))
+    )
+    bases = [np.linalg.qr(random.normal(size=(size, size)))[0] for size in (6, 4)]
+    found = whole.in_basis(*bases)
+    assert found.coherence == pytest.approx(whole.coherence)
+    assert found.common.input_mean_square == pytest.approx(whole.common.input_mean_square)
+    assert found.common.cotangent_mean_square == pytest.approx(whole.common.cotangent_mean_square)
+
+
 def test_where_nothing_goes_nothing_changes() -> None:
     random = np.random.default_rng(1)
     whole = statistics_of(

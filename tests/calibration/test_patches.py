@@ -140,7 +140,7 @@ class Probed:
         instrumented = instrument(differentiable_copy(network.model), network.prunable, heads)
         assert not instrumented.skipped
         (self.probe,) = instrumented.probes
-        self.session = create_session(instrumented.model)
+        self.session = create_session(serialize(instrumented.part(instrumented.probes)))
         y = create_session(geometry.model()).run(None, {"x": self.x})[0]
         self.noise = random.standard_normal(y.shape).astype(np.float32)
         self.noise_name = noise_input(heads[0])

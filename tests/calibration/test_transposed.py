@@ -16,7 +16,7 @@ from onnx_kfe.calibration import Statistics, _patches, collect, find_heads, inpu
 from onnx_kfe.calibration._collect import _Sums
 from onnx_kfe.calibration._instrument import PHASE_INPUT, differentiable_copy, instrument, noise_input
 from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, grid_strides
-from onnx_kfe.graph import Network, open_network
+from onnx_kfe.graph import Network, open_network, serialize
 from onnx_kfe.kfe import predicted_loss
 from onnx_kfe.planning import LayerProblem
 from onnx_kfe.runtime import create_session
@@ -206,7 +206,7 @@ def test_all_phases_of_the_grid_together_are_all_positions(name: str):
     network = open_network(case.model())
     geometry, heads = network.layers[0].geometry, find_heads(network)
     instrumented = instrument(differentiable_copy(network.model), network.prunable, heads)
-    (probe,), session = instrumented.probes, create_session(instrumented.model)
+    (probe,), session = instrumented.probes, create_session(serialize(instrumented.model))
     (y,) = create_session(case.model().SerializeToString()).run(None, {"x": x})
     noise = np.random.default_rng(2).standard_normal(y.shape).astype(np.float32)
     feeds = {"x": x, noise_input(heads[0]): noise}

@@ -16,6 +16,7 @@ from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import find_layers, fingerprint, load, normalize, serialize
 from tests.cases import CASES, load_case
 from tests.tiny import node, run, serialized, tiny, weights
+from tools.bench_memory import encoder
 
 
 def interface(model: onnx.ModelProto) -> tuple[object, ...]:
@@ -74,6 +75,14 @@ def test_legacy_exports_that_do_not_fold_have_something_to_fold():
 def test_normalising_twice_changes_nothing_more():
     once = normalize(load(load_case("strided_shortcut-17").model))
     assert fingerprint(normalize(once)) == fingerprint(once)
+
+
+def test_attention_stays_what_it_is_made_of(tmp_path):
+    """Fused into an operator of ONNX Runtime's own, its layers would be gone, and gradients would stop there."""
+    encoder(tmp_path / "encoder.onnx", layers=2, width=16, inner=32, heads=2, vocabulary=10, tokens=5)
+    normal = normalize(load(tmp_path / "encoder.onnx"))
+    assert {n.domain for n in normal.graph} == {""}
+    assert sum(layer.prunable for layer in find_layers(normal)) == 2 * 6 + 1
 
 
 def test_initializers_as_graph_inputs_become_constants():

@@ -129,6 +129,11 @@ class ChannelGroups:
         index[self._units[name]] = np.arange(len(self._units[name]))
         return index[np.append(self._roots, STAYS)[ids]]
 
+    def multiplied(self, name: str) -> bool:
+        """Whether channels of a group pass through a product of computed values."""
+        products = (each for each in self._linear.values() if not each.weighted)
+        return any(np.any(self.units(name, ids) >= 0) for each in products for _, ids in each.sides)
+
     def cut(self, kept: Mapping[str, Mask]) -> dict[str, LayerCut]:
         """What is left of every linear layer of the network, by name, where only some units are kept.
 

@@ -6,8 +6,6 @@ The rounds collect statistics on the model as it is, prune a part and fold the n
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import onnx_ir as ir
 
@@ -34,12 +32,7 @@ def with_weights(network: Network, model: ir.Model) -> Network:
                 continue
             if old.const_value.shape == new.const_value.shape:
                 old.const_value = new.const_value
-    reasons = {layer.name: layer.reason for layer in network.layers}
-    layers = [
-        dataclasses.replace(layer, reason=reasons.get(layer.name, layer.reason))
-        for layer in find_layers(changed, network.input_shapes)
-    ]
-    return dataclasses.replace(network, model=changed, layers=layers)
+    return network.reweighed(changed)
 
 
 def learnt_directions(network: Network, layer: str, form: str, model: ir.Model) -> tuple[Directions, Array]:
