@@ -281,6 +281,8 @@ class Pruning:
         if reason := recovery.refusal(network, samples):
             progress.note(f"not refitted: {reason}")
             return write_chains(network, plan, statistics, chains)
+        if settled := recovery.settled_layers(network, plan, statistics):
+            progress.note(f"not solved anew, as they feed themselves through a shared weight: {', '.join(settled)}")
         layers = [name for name in plan.choices if name in statistics.layers]
         with progress.stage("refitting", len(layers)) as advance:
             chains = recovery.refit(

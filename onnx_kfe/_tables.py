@@ -43,15 +43,17 @@ _NAMED = 3  # layers named in a row, where more are only counted
 def show_layers(network: Network) -> None:
     """The table of `inspect`: the layers, and behind them tables of embeddings."""
     table = _table("layer", "shape", ">MACs", ">params", "pruned")
-    listed = [*network.layers, *find_embeddings(network.model)]
-    for layer in listed:
-        table.add_row(layer.name, _shape(layer), _si(layer.macs), _si(layer.parameters), "" if layer.prunable else "no")
+    twins, embeddings = network.twins, find_embeddings(network.model)
+    reasons = network.left_alone | {table.name: table.reason for table in embeddings if table.reason is not None}
+    for layer in [*network.layers, *embeddings]:
+        pruned = f"with {twins[layer.name]}" if layer.name in twins else "no" if layer.name in reasons else ""
+        table.add_row(layer.name, _shape(layer), _si(layer.macs), _si(layer.parameters), pruned)
     print_renderable(table)
-    _print_skipped({layer.name: layer.reason for layer in listed if layer.reason is not None}, "cannot be pruned")
+    _print_skipped(reasons, "cannot be pruned")
     cost = network_cost(network)
-    share = sum(layer.macs for layer in network.prunable) / max(cost.macs, 1)
+    share = sum(use.macs for layer in network.prunable for use in layer.uses) / max(cost.macs, 1)
     print_line(
-        f"{len(network.prunable)} of {len(network.layers)} layers can be pruned: {share:.0%} of {_si(cost.macs)} MACs; "
+        f"{len(network.prunable)} of {len(network.owners)} layers can be pruned: {share:.0%} of {_si(cost.macs)} MACs; "
         f"{_si(cost.parameters)} parameters in all"
     )
 

@@ -25,6 +25,7 @@ from tests.conftest import Outcome
 from tests.graph.groups.test_products import DECLINED, attention
 from tests.networks import CHANNELS, CLASSES, classifier, samples
 from tests.planning.clocks import Clock, work
+from tests.tied import siamese
 from tests.tiny import run
 
 pytestmark = pytest.mark.usefixtures("quick_benchmark")
@@ -91,6 +92,14 @@ def test_inspect_heads(cli: Cli, tmp_path: Path) -> None:
         ("MatMul0", False, "Mul 'Mul12' tells its channels apart"),
         ("MatMul8", True, None),
     ]
+
+
+def test_inspect_names_the_layer_that_a_node_is_pruned_with(cli: Cli, tmp_path: Path) -> None:
+    onnx.save(siamese(), tmp_path / "pair.onnx")
+    shown = done(cli("inspect", str(tmp_path / "pair.onnx")))
+    assert "with p/first" in shown
+    assert "cannot be pruned" not in shown
+    assert "3 of 3 layers can be pruned: 100%" in shown
 
 
 def test_inspect(cli: Cli, folder: Path) -> None:

@@ -25,7 +25,7 @@ __all__ = ["DEFAULT_MEMORY", "collect"]
 
 DEFAULT_MEMORY = 4 * 2**30
 _SCALE_SAMPLES = 64  # samples whose outputs give a Gaussian head its unit
-_ELEMENT = 8 + 4  # bytes of an element of a sum, and of what a batch adds to it
+_SUM, _ADDED = 8, 4  # bytes of an element of a sum, and of what a node adds to it by batch
 
 
 def collect(
@@ -80,32 +80,35 @@ def collect(
         loss.check(copy, data, specs, providers=providers, threads=threads)
     instrumented = instrument(copy, network.prunable, scaled, loss)
     weights = WeightFile(instrumented.model)  # those of the backward pass as well
-    passes = _passes(instrumented.probes, memory)
+    found = {probe.layer.name: probe for probe in instrumented.probes}
+    nodes = [[found[use.name] for use in layer.uses] for layer in network.prunable if layer.name in found]
+    passes = _passes(nodes, memory)
     advance = _shared(progress, len(passes))
 
-    def collected(probes: Sequence[Probe]) -> Statistics:
+    def collected(layers: Sequence[Sequence[Probe]]) -> Statistics:
+        probes = [probe for nodes in layers for probe in nodes]
         session = weights.session(instrumented.part(probes), providers=providers, threads=threads)
         names = [name for probe in probes for name in probe.outputs]
         batches = run_pass(
             session, names, blocks(data, size, specs, shard), forward, scaled, seed, loss=loss, progress=advance
         )
-        layers, samples = _summed(probes, batches)
+        summed, samples = _summed(layers, batches)
         if samples == 0:
             raise KfeError(f"{data.describe()}: no samples in shard {index}/{count}")
         return Statistics(
-            network.fingerprint, seed, samples, scaled, shapes, layers, instrumented.skipped, [(index, count)],
+            network.fingerprint, seed, samples, scaled, shapes, summed, instrumented.skipped, [(index, count)],
             loss=loss.fingerprint if loss is not None else None,
         )  # fmt: skip
 
-    parts = [collected(probes) if len(passes) == 1 else collected(probes).on_disk() for probes in passes]
+    parts = [collected(layers) if len(passes) == 1 else collected(layers).on_disk() for layers in passes]
     return dataclasses.replace(parts[0], layers={name: seen for part in parts for name, seen in part.layers.items()})
 
 
 def _summed(
-    probes: Sequence[Probe], batches: Iterable[tuple[int, dict[str, np.ndarray]]]
+    layers: Sequence[Sequence[Probe]], batches: Iterable[tuple[int, dict[str, np.ndarray]]]
 ) -> tuple[dict[str, LayerStatistics], int]:
-    """The statistics of some layers and the number of samples, from what a pass yields."""
-    sums = {probe.layer.name: _Sums(probe) for probe in probes}
+    """The statistics of some layers, given as their nodes, and the number of samples, from what a pass yields."""
+    sums = {first.layer.name: _Sums(first, *others) for first, *others in layers}
     samples = 0
     for done, results in batches:
         for layer in sums.values():
@@ -115,18 +118,18 @@ def _summed(
     return {name: sums.pop(name).statistics() for name in list(sums)}, samples
 
 
-def _passes(probes: Sequence[Probe], memory: int) -> list[list[Probe]]:
-    """The layers of each pass, in order, as many as fit."""
-    passes: list[list[Probe]] = []
+def _passes(layers: Sequence[Sequence[Probe]], memory: int) -> list[list[Sequence[Probe]]]:
+    """The layers of each pass, given as their nodes, in order, as many as fit."""
+    passes: list[list[Sequence[Probe]]] = []
     free = 0
-    for probe in probes:
-        geometry = probe.layer.geometry
+    for nodes in layers:
+        geometry = nodes[0].layer.geometry
         assert geometry is not None
-        needed = _ELEMENT * geometry.groups * (geometry.patch_size**2 + geometry.cotangent_size**2)
+        needed = (_SUM + _ADDED * len(nodes)) * geometry.groups * (geometry.patch_size**2 + geometry.cotangent_size**2)
         if not passes or needed > free:
             passes.append([])
             free = memory
-        passes[-1].append(probe)
+        passes[-1].append(nodes)
         free -= needed
     return passes
 
@@ -144,15 +147,16 @@ def _shared(progress: Progress, passes: int) -> Progress:
 
 
 class _Sums:
-    """Sums of one layer over batches, each scaled from the positions on its grid to all positions.
+    """Sums of one layer over batches and nodes, each scaled from the positions on its grid to all positions.
 
-    Patches stay in the order of the graph, tap-major, until the end: the permutation costs more than the addition.
+    To the factors, positions of other nodes with the same weight are further positions. Patches stay in the
+    order of the graph, tap-major, until the end: the permutation costs more than the addition.
     """
 
-    def __init__(self, probe: Probe) -> None:
-        geometry = probe.layer.geometry
+    def __init__(self, *probes: Probe) -> None:
+        geometry = probes[0].layer.geometry
         assert geometry is not None
-        self._probe, self._geometry = probe, geometry
+        self._probes, self._geometry = probes, geometry
         self._patch, self._out = geometry.patch_size, geometry.cotangent_size
         self._inputs = np.zeros((geometry.groups, self._patch, self._patch))
         self._total = np.zeros((geometry.groups, self._patch))
@@ -164,28 +168,38 @@ class _Sums:
 
     def add(self, results: Mapping[str, np.ndarray], samples: int) -> None:
         """Add a batch of outputs of the instrumented graph."""
-        probe, geometry = self._probe, self._geometry
-        channels = geometry.in_channels if geometry.transposed else geometry.out_channels
-        positions = results[probe.output_size].item() / channels
+        channels = self._geometry.in_channels if self._geometry.transposed else self._geometry.out_channels
         self._samples += samples
-        if not positions:  # padding throughout
-            return
+        positions = {p: results[p.output_size].item() / channels for p in self._probes}
+        seen = {probe: count for probe, count in positions.items() if count}  # the rest is padding throughout
+        rows = sum(len(results[probe.input_means]) for probe in seen)
+        for probe, count in seen.items():
+            self._add(probe, results, count, sum(seen.values()) / rows)
+        self._saliency += np.square(self._gate_gradients(results)).sum(0)
+        # Squares on the diagonal cannot cancel, so it shows whatever is not finite.
+        for sums, what in ((self._inputs, "input"), (self._cotangents, "gradient")):
+            if not np.isfinite(np.einsum("gii->gi", sums)).all():
+                raise KfeError(
+                    f"layer '{self._probes[0].layer.name}': NaN or infinity in its {what}; "
+                    "check the calibration data, or --exclude the layer"
+                )
+
+    def _add(self, probe: Probe, results: Mapping[str, np.ndarray], positions: float, usual: float) -> None:
+        """Add what a node saw of a batch, at its positions; `usual` is how many of all nodes there are a row."""
+        geometry = self._geometry
         taken = results[probe.input_size].item() / (self._patch * geometry.groups)
         taken_cotangents = results[probe.cotangent_size].item() / (self._out * geometry.groups)
         _add_scaled(self._inputs, results[probe.input_second_moment], positions / taken)
         _add_scaled(self._total, results[probe.input_sum], positions / taken)
         _add_scaled(self._cotangents, results[probe.cotangent_second_moment], positions / taken_cotangents)
         self._positions += positions
-        self._common += self._position_means(results)
-        gates = results[probe.gate_gradients].reshape(-1, *self._saliency.shape)
-        self._saliency += np.square(gates, dtype=np.float64).sum(0)
-        # Squares on the diagonal cannot cancel, so it shows whatever is not finite.
-        for sums, what in ((self._inputs, "input"), (self._cotangents, "gradient")):
-            if not np.isfinite(np.einsum("gii->gi", sums)).all():
-                raise KfeError(
-                    f"layer '{probe.layer.name}': NaN or infinity in its {what}; "
-                    "check the calibration data, or --exclude the layer"
-                )
+        self._common += _position_means(probe, results, positions, usual)
+
+    def _gate_gradients(self, results: Mapping[str, np.ndarray]) -> np.ndarray:
+        """``[samples, groups, o]``, summed over nodes; one behind the other where these divide samples differently."""
+        shape = (-1, *self._saliency.shape)
+        parts = [results[probe.gate_gradients].reshape(shape).astype(np.float64) for probe in self._probes]
+        return np.sum(parts, axis=0) if len(set(map(len, parts))) == 1 else np.concatenate(parts)
 
     def statistics(self) -> LayerStatistics:
         """The sums with patches in channel-major order."""
@@ -200,13 +214,16 @@ class _Sums:
             self._positions, self._samples, self._common, self._saliency,
         )  # fmt: skip
 
-    def _position_means(self, results: Mapping[str, np.ndarray]) -> PositionMeans:
-        probe = self._probe
-        inputs, cotangents = (
-            results[name].reshape(-1, results[name].shape[-1]).astype(np.float64)
-            for name in (probe.input_means, probe.cotangent_means)
-        )
-        return PositionMeans(len(inputs), inputs.sum(0), np.square(inputs).sum(), np.square(cotangents).sum())
+
+def _position_means(probe: Probe, results: Mapping[str, np.ndarray], positions: float, usual: float) -> PositionMeans:
+    """The cotangent at nodes with more positions than usual adds up to more."""
+    inputs, cotangents = (
+        results[name].reshape(-1, results[name].shape[-1]).astype(np.float64)
+        for name in (probe.input_means, probe.cotangent_means)
+    )
+    share = positions / len(inputs) / usual
+    squares = np.square(inputs).sum(), np.square(share * cotangents).sum()
+    return PositionMeans(len(inputs), inputs.sum(0), *squares)
 
 
 def _add_scaled(sums: np.ndarray, added: np.ndarray, scale: float) -> None:

@@ -7,6 +7,7 @@ these directions (George, Laurent, Bouthillier, Ballas, Vincent 2018).
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ import onnx_ir as ir
 
 from onnx_kfe.calibration._data import Dataset
 from onnx_kfe.calibration._forward import Forward
-from onnx_kfe.calibration._gradients import emit_squared_gradients
+from onnx_kfe.calibration._gradients import emit_gradients, emit_squares
 from onnx_kfe.calibration._instrument import differentiable_copy, differentiate
 from onnx_kfe.calibration._layer_statistics import LayerStatistics
 from onnx_kfe.calibration._loss import Loss
@@ -72,7 +73,7 @@ def collect_eigen_moments(
     model, outputs = _instrument(copy, layers, statistics, bases, loss)
     weights = WeightFile(model)  # those of the backward pass and the bases as well
     session = weights.session(model, providers=providers, threads=threads)
-    names, numbered = list(outputs.values()), blocks(data, size, specs)
+    names, numbered = [name for parts in outputs.values() for name in parts], blocks(data, size, specs)
     samples = 0
     for done, results in run_pass(
         session, names, numbered, forward, statistics.heads, statistics.seed, loss=loss, progress=progress
@@ -80,7 +81,8 @@ def collect_eigen_moments(
         for layer in layers:
             order = channel_major(_geometry(layer))
             sums = bases[layer.name].second_moment
-            sums += results[outputs[layer.name]][:, :, order].reshape(sums.shape)
+            for name in outputs[layer.name]:
+                sums += results[name][:, :, order].reshape(sums.shape)
         samples += done
     if samples != statistics.samples:
         raise KfeError(f"{data.describe()}: {samples} samples, but the statistics are of {statistics.samples}")
@@ -98,7 +100,7 @@ def _sample_bytes(layer: Layer, sums: LayerStatistics) -> int:
     """Bytes of the patches, their deviations, and the gradient of a sample with its square."""
     geometry = _geometry(layer)
     patches = geometry.groups * geometry.patch_size * int(sums.positions / sums.samples)
-    return 8 * (patches + geometry.weight_parameters)
+    return 8 * (patches + len(layer.uses) * geometry.weight_parameters)
 
 
 def _bases(layer: Layer, sums: LayerStatistics) -> EigenMoments:
@@ -116,16 +118,31 @@ def _instrument(
     statistics: Statistics,
     bases: Mapping[str, EigenMoments],
     loss: Loss | None,
-) -> tuple[ir.Model, dict[str, str]]:
-    """The model that computes a batch's sums, and the names of its outputs by layer name."""
+) -> tuple[ir.Model, dict[str, list[str]]]:
+    """The model that computes a batch's sums, and the names of the outputs that make up those of a layer, by its name.
+
+    A sample's gradients by a weight at several nodes are added before the square, where these have the same samples.
+    """
     whole = differentiate(model, layers, statistics.heads, loss)
-    outputs: dict[str, ir.Value] = {}
+    owners = {use.name: layer.name for layer in layers for use in layer.uses}
+    gradients: defaultdict[tuple[str, object], list[ir.Value]] = defaultdict(list)
     for layer, x, y, cotangent in whole.layers:
-        own, mean = bases[layer.name], statistics.layers[layer.name].mean
-        outputs[layer.name] = emit_squared_gradients(
-            whole.emit, layer, x, y, cotangent, own.input_basis, own.output_basis, mean
-        )
-    return whole.with_outputs(list(outputs.values())), {name: value.name or "" for name, value in outputs.items()}
+        name = owners[layer.name]
+        own, mean = bases[name], statistics.layers[name].mean
+        gradient = emit_gradients(whole.emit, layer, x, y, cotangent, own.input_basis, own.output_basis, mean)
+        gradients[name, _samples(y)].append(gradient)
+    outputs: defaultdict[str, list[ir.Value]] = defaultdict(list)
+    for (name, _), parts in gradients.items():
+        outputs[name].append(emit_squares(whole.emit, parts))
+    found = {name: [value.name or "" for value in values] for name, values in outputs.items()}
+    return whole.with_outputs([value for values in outputs.values() for value in values]), found
+
+
+def _samples(value: ir.Value) -> object:
+    """The size of the leading axis, known or as a name; where it is neither the value itself, which equals no other."""
+    size = value.shape[0] if value.shape else None
+    name = size.value if isinstance(size, ir.SymbolicDim) else size
+    return value if name is None else name
 
 
 def _geometry(layer: Layer) -> Geometry:

@@ -6,6 +6,8 @@ factors these know what the positions have in common.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -14,7 +16,7 @@ from onnx_kfe.calibration._patches import channel_major, emit_patches, float32, 
 from onnx_kfe.graph import Geometry, Layer
 from onnx_kfe.kfe import Array
 
-__all__ = ["emit_gate_gradients", "emit_squared_gradients"]
+__all__ = ["emit_gate_gradients", "emit_gradients", "emit_squares"]
 
 
 def emit_gate_gradients(emit: Emitter, layer: Layer, y: ir.Value, g: ir.Value) -> ir.Value:
@@ -31,7 +33,7 @@ def emit_gate_gradients(emit: Emitter, layer: Layer, y: ir.Value, g: ir.Value) -
     return emit.op("ReduceSum", product, emit.ints(*axes), keepdims=0) if axes else product
 
 
-def emit_squared_gradients(
+def emit_gradients(
     emit: Emitter,
     layer: Layer,
     x: ir.Value,
@@ -41,7 +43,7 @@ def emit_squared_gradients(
     output_basis: Array,
     mean: Array,
 ) -> ir.Value:
-    """Squared gradients by the weight in an eigenbasis, summed over samples: ``[groups, o, i]``, patches tap-major.
+    """Gradients of single samples by the weight in an eigenbasis: ``[samples, groups, o, i]``, patches tap-major.
 
     The gradient is that by the weight while the bias makes up for the mean, ``sum_t g_t (x_t - mu)^T``, as the input
     factor is centred. Input and cotangent are rotated before patches are taken: every tap alike, and once.
@@ -65,8 +67,18 @@ def emit_squared_gradients(
     tap_major = centre[:, np.argsort(channel_major(_geometry(layer)))]
     patches = _patches(emit, layer, rotated, y)
     deviations = emit.op("Sub", patches, emit.array_like(tap_major[:, None], patches))
-    gradients = emit.op("MatMul", cotangents, deviations)
-    return emit.op("ReduceSum", emit.op("Mul", gradients, gradients), emit.ints(0), keepdims=0)
+    return emit.op("MatMul", cotangents, deviations)
+
+
+def emit_squares(emit: Emitter, gradients: Sequence[ir.Value]) -> ir.Value:
+    """The squares of sums of gradients, summed over samples: ``[groups, o, i]``.
+
+    Args:
+        emit: Where the nodes go.
+        gradients: By one weight at each node that it is shared by, ``[samples, groups, o, i]``.
+    """
+    total = emit.op("Sum", *gradients) if len(gradients) > 1 else gradients[0]
+    return emit.op("ReduceSum", emit.op("Mul", total, total), emit.ints(0), keepdims=0)
 
 
 def _patches(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value) -> ir.Value:

@@ -38,10 +38,10 @@ PHASE_INPUT = "kfe/phase"
 
 @dataclass(frozen=True)
 class Probe:
-    """Names of the outputs of the instrumented graph for one layer.
+    """Names of the outputs of the instrumented graph for one node of a layer.
 
     Attributes:
-        layer: The layer.
+        layer: The layer, or the twin of one.
         input_second_moment: ``[groups, taps * c, taps * c]``, tap-major, summed over the positions taken.
         input_sum: ``[groups, taps * c]``.
         input_size: Elements of the patches taken.
@@ -85,7 +85,7 @@ class Instrumented:
 
     Attributes:
         model: The model, whose outputs are those of the probes.
-        probes: One for each layer with statistics.
+        probes: One for each node of the layers with statistics.
         skipped: Why there are none, by layer name.
     """
 
@@ -135,8 +135,9 @@ class Differentiated:
     Attributes:
         model: The model.
         emit: Where further nodes go.
-        layers: The layers with a gradient: each with its input, its output and the cotangent of that, `features_last`.
-        skipped: Why the others have none, by layer name.
+        layers: The layers and twins with a gradient: each with its input, its output and the cotangent of that,
+            `features_last`.
+        skipped: Why the others have none, by name.
         padding: Which positions are real; None where all are.
     """
 
@@ -160,7 +161,7 @@ def differentiate(
 
     Args:
         model: As of `differentiable_copy`; it is changed.
-        layers: Layers whose gradients are wanted; values are found by name.
+        layers: Layers whose gradients are wanted, at all of their nodes; values are found by name.
         heads: Heads, with their scales.
         loss: What is differentiated in the place of the heads.
     """
@@ -170,8 +171,9 @@ def differentiate(
     emit = Emitter(graph, prefix="kfe/")
     padding = find_padding(model)
     seeds = _seeds(emit, heads, values, padding) if loss is None else loss.seeds(emit)
-    found = [layer for layer in layers if layer.output in values and layer.input in values]
-    skipped = {layer.name: "not found after opset conversion" for layer in layers if layer not in found}
+    nodes = [use for layer in layers for use in layer.uses]
+    found = [layer for layer in nodes if layer.output in values and layer.input in values]
+    skipped = {layer.name: "not found after opset conversion" for layer in nodes if layer not in found}
     gradients = append_gradients(graph, seeds, [values[layer.output] for layer in found])
     reached = []
     for layer in found:
@@ -201,16 +203,16 @@ def instrument(
         loss: What is differentiated in the place of the heads.
     """
     whole = differentiate(model, layers, heads, loss)
-    emit, skipped = whole.emit, whole.skipped
+    emit, lacking = whole.emit, dict(whole.skipped)
     phase = _input(model.graph, PHASE_INPUT, ir.DataType.INT64, [3])
-    probes, outputs = [], []
+    found: dict[str, list[ir.Value]] = {}
     for layer, x, y, cotangent in whole.layers:
         try:
             ends, weight = (x, cotangent), None
             if whole.padding is not None and whole.padding.covers(layer):
                 ends = whole.padding.real_rows(emit, x), whole.padding.real_rows(emit, cotangent)
                 weight = whole.padding.weight(emit, x)
-            moments = [
+            found[layer.name] = [
                 *emit_inputs(emit, layer, ends[0], y, phase),
                 *emit_cotangents(emit, layer, ends[0], ends[1], phase),
                 emit_position_means(emit, layer, x, weight),
@@ -218,14 +220,25 @@ def instrument(
                 emit_gate_gradients(emit, layer, y, cotangent),
             ]
         except KfeError as error:
-            skipped[layer.name] = str(error)
-            continue
-        probes.append(Probe(layer, *(value.name or "" for value in moments)))
-        outputs += moments
-    if not probes:
+            lacking[layer.name] = str(error)
+    skipped = _skipped(layers, lacking)
+    nodes = [use for layer in layers if layer.name not in skipped for use in layer.uses]
+    if not nodes:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise KfeError(f"no layer can be collected ({reasons})" if reasons else "the model has no prunable layer")
-    return Instrumented(whole.with_outputs(outputs), probes, skipped)
+    probes = [Probe(node, *(value.name or "" for value in found[node.name])) for node in nodes]
+    model = whole.with_outputs([value for node in nodes for value in found[node.name]])
+    return Instrumented(model, probes, skipped)
+
+
+def _skipped(layers: Sequence[Layer], lacking: Mapping[str, str]) -> dict[str, str]:
+    """Why layers have no statistics, by name: one is skipped where any of its nodes is lacking."""
+    first = {layer.name: next((use.name for use in layer.uses if use.name in lacking), None) for layer in layers}
+    return {
+        name: lacking[node] if node == name else f"'{node}', which has the same weight: {lacking[node]}"
+        for name, node in first.items()
+        if node is not None
+    }
 
 
 def _seeds(

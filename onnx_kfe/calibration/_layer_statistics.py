@@ -32,7 +32,8 @@ class PositionMeans:
         rows: Number of rows.
         input_mean: Sum of the means of the input, ``[c]``.
         input_mean_square: Sum of their squared norms.
-        cotangent_mean_square: Sum of the squared norms of the means of the cotangent.
+        cotangent_mean_square: Sum of the squared norms of the means of the cotangent, at nodes with more positions than
+            others with the same weight in proportion to these.
     """
 
     rows: float = 0.0

@@ -40,9 +40,9 @@ def export(
         export_factory(factory, output, inputs, checkpoint, opset, parse_dynamic(dynamic or []))
         network = kfe.inspect(output)
     if json:
-        console.print_json({"output": str(output), "layers": len(network.layers), "prunable": len(network.prunable)})
+        console.print_json({"output": str(output), "layers": len(network.owners), "prunable": len(network.prunable)})
     else:
-        console.print_line(f"{len(network.prunable)} of {len(network.layers)} layers can be pruned")
+        console.print_line(f"{len(network.prunable)} of {len(network.owners)} layers can be pruned")
         console.print_line(f"written, and equal to torch: {output}")
 
 

@@ -51,9 +51,11 @@ def find_branches(network: Network) -> list[Branch]:
 
     An Add of two computed values of the same shape has to be all that reads the output of the layer (the bias of a
     MatMul added), and neither the output nor the sum is an output of the graph. Any two branches are apart, or one lies
-    within the other. A branch with a layer that the user left out is none.
+    within the other. A branch with a layer that the user left out is none, nor is one with a node that is pruned with
+    others: these still need the weight.
     """
     shapes = concrete_shapes(network.model, nominal_input_shapes(network.model, network.input_shapes))
+    kept = {*network.unselected, *network.twins, *network.twins.values()}
     branches = []
     for layer in network.prunable:
         junction = find_junction(layer.node)
@@ -62,7 +64,7 @@ def find_branches(network: Network) -> list[Branch]:
         dying = only_feeding(junction.branch)
         layers = tuple(other.name for other in network.layers if other.node in dying)
         alike = _same_shape([layer.node.outputs[0], junction.other, junction.addition.outputs[0]], shapes)
-        if alike and not network.unselected.keys() & set(layers):
+        if alike and kept.isdisjoint(layers):
             branches.append(Branch(layer.name, layers, junction.addition.name or ""))
     return branches
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
+from onnx_kfe.graph._shared import tied
 from onnx_kfe.graph.fusions import reason_kept
 
 __all__ = ["Geometry", "Layer", "count_macs", "count_parameters", "find_layers", "initializer_array", "weight_place"]
@@ -99,6 +100,7 @@ class Layer:
         geometry: Shape and cost; None when the shapes could not be inferred.
         reason: Why the layer cannot be pruned; None when it can.
         node: The node itself.
+        twins: Other nodes with the same weight that are pruned with this one.
     """
 
     name: str
@@ -108,6 +110,12 @@ class Layer:
     geometry: Geometry | None
     reason: str | None
     node: ir.Node = field(compare=False, repr=False)
+    twins: tuple[Layer, ...] = field(default=(), repr=False)
+
+    @property
+    def uses(self) -> tuple[Layer, ...]:
+        """All nodes that are pruned as one, because they share the weight: this one and its twins."""
+        return (self, *self.twins)
 
     @property
     def prunable(self) -> bool:
@@ -180,7 +188,7 @@ def initializer_array(value: ir.Value | None) -> Array:
 
 
 def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> list[Layer]:
-    """Every linear node of a normalised model, in graph order.
+    """Every linear node of a normalised model, in graph order, those that share a weight `tied`.
 
     Args:
         model: A normalised model.
@@ -200,7 +208,7 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
         layers.append(
             Layer(node.name or "", node.op_type, (x.name if x else "") or "", y.name or "", geometry, reason, node)
         )
-    return layers
+    return tied(layers)
 
 
 def _hides_layers(node: ir.Node) -> bool:
@@ -222,8 +230,6 @@ def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | N
         )
     if weight.dtype not in _FLOATS:
         return f"weight is {weight.dtype}"
-    if (uses := len(weight.uses())) > 1:
-        return f"weight '{weight.name}' is shared by {uses} nodes"
     if weight.is_graph_output():
         return "weight is a graph output"
     if "output_shape" in node.attributes:

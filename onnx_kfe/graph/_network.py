@@ -55,6 +55,22 @@ class Network:
         return [layer for layer in self.layers if layer.prunable]
 
     @property
+    def twins(self) -> dict[str, str]:
+        """The layer that another node with the same weight is pruned with, by name of that node."""
+        return {twin.name: layer.name for layer in self.prunable for twin in layer.twins}
+
+    @property
+    def owners(self) -> list[Layer]:
+        """The layers without the twins of others."""
+        twins = self.twins
+        return [layer for layer in self.layers if layer.name not in twins]
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """Reason by name of the layers that cannot be replaced."""
+        return {layer.name: layer.reason for layer in self.owners if layer.reason is not None}
+
+    @property
     def unselected(self) -> dict[str, str]:
         """Reason by name of the layers that are left alone because the user said so."""
         return {layer.name: layer.reason for layer in self.layers if layer.reason in (_EXCLUDED, _NOT_INCLUDED)}
@@ -69,11 +85,7 @@ class Network:
             cuts: Which channels of the layers are left.
             shifts: What is now added behind products, by layer name.
         """
-        unselected = self.unselected
-        layers = [
-            dataclasses.replace(layer, reason=layer.reason or unselected.get(layer.name))
-            for layer in find_layers(model, self.input_shapes)
-        ]
+        layers = _left_out(find_layers(model, self.input_shapes), self.unselected)
         before = {name: shift[cuts[name].rows] for name, shift in self.shifts.items()}
         shifts = {name: np.add(before.get(name, 0.0), shifts.get(name, 0.0)) for name in (*before, *shifts)}
         if self.whole is not None:
@@ -94,11 +106,7 @@ class Network:
     def with_input_shapes(self, input_shapes: Mapping[str, Sequence[int]]) -> Network:
         """The same network with costs counted at other input shapes."""
         given = {name: tuple(shape) for name, shape in input_shapes.items()}
-        unselected = self.unselected
-        layers = [
-            dataclasses.replace(layer, reason=layer.reason or unselected.get(layer.name))
-            for layer in find_layers(self.model, given)
-        ]
+        layers = _left_out(find_layers(self.model, given), self.unselected)
         return dataclasses.replace(self, layers=layers, input_shapes=given)
 
 
@@ -132,14 +140,31 @@ def open_network(
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
                 raise UsageError(f"{option} {pattern}: no layer has such a name; see onnx-kfe inspect")
-    layers = [
-        dataclasses.replace(layer, reason=layer.reason or _unselected(layer, include, exclude)) for layer in layers
-    ]
+    reasons = {layer.name: reason for layer in layers if (reason := _unselected(layer, include, exclude)) is not None}
+    layers = _left_out(layers, reasons)
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
     return Network(source_name(source), model, fingerprint(original), layers, shapes, original)
 
 
 def _unselected(layer: Layer, include: Sequence[str], exclude: Sequence[str]) -> str | None:
-    if include and not any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in include):
+    """Why the user left a layer out: by any of the nodes that are pruned as one."""
+
+    def named(patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(use.name, pattern) for use in layer.uses for pattern in patterns)
+
+    if include and not named(include):
         return _NOT_INCLUDED
-    return _EXCLUDED if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in exclude) else None
+    return _EXCLUDED if named(exclude) else None
+
+
+def _left_out(layers: Sequence[Layer], reasons: Mapping[str, str]) -> list[Layer]:
+    """The layers, those marked that the user left out, with all nodes that are pruned as one."""
+    parted = {use.name: reasons[layer.name] for layer in layers if layer.name in reasons for use in layer.twins}
+    return [
+        dataclasses.replace(
+            layer,
+            reason=parted.get(layer.name) or layer.reason or reasons.get(layer.name),
+            twins=() if layer.name in reasons else layer.twins,
+        )
+        for layer in layers
+    ]

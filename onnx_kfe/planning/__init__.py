@@ -4,7 +4,7 @@ from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate, allocate, c
 from onnx_kfe.planning._any_planner import AnyPlanner
 from onnx_kfe.planning._bandit import Refinement, arms_around, refine
 from onnx_kfe.planning._budget import Budget, Latency, Macs, Milliseconds, Params, describe
-from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost, compose, dense_cost, dense_link, sized
+from onnx_kfe.planning._chain import Cost, Link, Stage, chain_cost, compose, dense_cost, dense_link, layer_cost, sized
 from onnx_kfe.planning._channels import ChannelPlanner, CutLayer, cut_layer
 from onnx_kfe.planning._direction_forms import DirectionChain, Directions, three_factors
 from onnx_kfe.planning._directions import DirectionPlanner
@@ -60,6 +60,7 @@ __all__ = [
     "dense_link",
     "describe",
     "find_method",
+    "layer_cost",
     "measure_latency_model",
     "meets",
     "network_cost",

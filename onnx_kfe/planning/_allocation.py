@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from scipy.sparse import csr_array
 from onnx_kfe.errors import BudgetError, KfeError
 from onnx_kfe.kfe import Array
 from onnx_kfe.planning._budget import Budget, describe
-from onnx_kfe.planning._chain import Cost, dense_cost
+from onnx_kfe.planning._chain import Cost, layer_cost
 from onnx_kfe.planning._forms import FORMS
 from onnx_kfe.planning._latency import LatencyModel
 from onnx_kfe.planning._problem import LayerProblem
@@ -64,14 +65,14 @@ def candidates(problem: LayerProblem, round_to: int, latency: LatencyModel | Non
         latency: Measured latencies; forms that the runtime refuses are left out.
     """
     layer, geometry = problem.layer, problem.geometry
-    dense = dense_cost(geometry)
+    dense = layer_cost(layer)
     if latency is not None:
         dense = replace(dense, nanoseconds=latency.dense(layer))
     found = []
     for form in FORMS.values():
         if form.searched and form.limits(geometry):
             for ranks, loss in form.losses(problem, round_to):
-                cost = form.cost(geometry, ranks)
+                cost = layer_cost(layer, partial(form.cost, ranks=ranks))
                 if latency is not None:
                     nanoseconds = latency.nanoseconds(layer, form.links(geometry, ranks))
                     if isinstance(nanoseconds, Refusal):

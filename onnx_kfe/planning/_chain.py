@@ -8,15 +8,15 @@ The bias goes on the last stage, where zero padding cannot meet it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_kfe.graph import Geometry
+from onnx_kfe.graph import Geometry, Layer
 from onnx_kfe.kfe import Array
 
-__all__ = ["Cost", "Link", "Stage", "chain_cost", "compose", "dense_cost", "dense_link", "sized"]
+__all__ = ["Cost", "Link", "Stage", "chain_cost", "compose", "dense_cost", "dense_link", "layer_cost", "sized"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,12 @@ def chain_cost(geometry: Geometry, links: Sequence[Link]) -> Cost:
     sizes = [before if geometry.transposed else after for _, before, after in sized(geometry, links)]
     positions = [geometry.repeats * math.prod(size) for size in sizes]
     return Cost(sum(p * t for p, t in zip(parameters, positions, strict=True)), sum(parameters))
+
+
+def layer_cost(layer: Layer, cost: Callable[[Geometry], Cost] = dense_cost) -> Cost:
+    """Cost of all nodes with the weight of a layer, as they are or by what each costs: parameters count once."""
+    costs = [cost(use.geometry) for use in layer.uses if use.geometry is not None]
+    return Cost(sum(each.macs for each in costs), costs[0].parameters)
 
 
 def compose(stages: Sequence[Stage]) -> Array:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import UsageError
-from onnx_kfe.graph import ChannelGroup, LayerCut, Network, find_groups
+from onnx_kfe.graph import ChannelGroup, Geometry, LayerCut, Network, find_groups
 from onnx_kfe.kfe import IMPORTANCES, Array, Scores, compensate
 from onnx_kfe.planning._allocation import DENSE, Candidate
 from onnx_kfe.planning._budget import Budget
-from onnx_kfe.planning._chain import Cost, dense_cost
+from onnx_kfe.planning._chain import Cost, dense_cost, layer_cost
 from onnx_kfe.planning._plan import Plan, network_cost
 from onnx_kfe.planning._problem import LayerProblem
 from onnx_kfe.planning._threshold import Masks, ThresholdPlanner, check_any
@@ -127,7 +128,7 @@ class ChannelPlanner(ThresholdPlanner):
         macs, parameters = self._dense.macs, self._dense.parameters
         for layer in self._network.layers:
             if layer.geometry is not None:
-                before, after = dense_cost(layer.geometry), dense_cost(cuts[layer.name].geometry(layer.geometry))
+                before, after = dense_cost(layer.geometry), _cost_after(cuts[layer.name], layer.geometry)
                 macs += after.macs - before.macs
                 if layer.name in self._owners:
                     parameters += after.parameters - before.parameters
@@ -141,12 +142,11 @@ class ChannelPlanner(ThresholdPlanner):
         compensates = self._importance.compensates
         choices = {}
         for layer in self._network.prunable:
-            assert layer.geometry is not None
-            loss = 0.0
+            cut, loss = cuts[layer.name], 0.0
             if self._statistics is not None and layer.name in self._statistics.layers and not layer.transposed:
                 problem = LayerProblem(layer, self._statistics.layers[layer.name])
-                loss = cut_layer(problem, cuts[layer.name], compensates).loss
-            cost = dense_cost(cuts[layer.name].geometry(layer.geometry))
+                loss = cut_layer(problem, cut, compensates).loss
+            cost = layer_cost(layer, partial(_cost_after, cut))
             choices[layer.name] = Candidate(DENSE, (), cost, loss)
         kept = {name: tuple(map(int, np.flatnonzero(mask))) for name, mask in masks.items() if not mask.all()}
         return Plan(
@@ -185,6 +185,10 @@ class ChannelPlanner(ThresholdPlanner):
         if reason is None and layers and all(layer.transposed for layer in layers):
             reason = "ConvTranspose has no say in channels"
         return f"no statistics of its layers: {reason or 'none were collected'}"
+
+
+def _cost_after(cut: LayerCut, whole: Geometry) -> Cost:
+    return dense_cost(cut.geometry(whole))
 
 
 def _unit_scores(group: ChannelGroup, layer_scores: dict[str, Scores], sides: Sequence[str]) -> Array | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.graph import Network
 from onnx_kfe.kfe import Array
 from onnx_kfe.planning._allocation import DENSE, Candidate
-from onnx_kfe.planning._chain import Cost, compose, dense_cost
+from onnx_kfe.planning._chain import Cost, compose, layer_cost
 from onnx_kfe.planning._direction_forms import DirectionChain
 from onnx_kfe.planning._plan import Plan, network_cost
 from onnx_kfe.planning._problem import LayerProblem
@@ -54,9 +55,9 @@ class DirectionPlanner(ThresholdPlanner):
     ) -> None:
         statistics.check_model(network.fingerprint, network.name)
         self._network, self._form = network, form
-        self._skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
+        self._skipped = network.left_alone
         self._cores, self._settled = dict(cores or {}), dict(settled or {})
-        self._geometry = {layer.name: layer.geometry for layer in network.prunable if layer.geometry is not None}
+        self._layers = {layer.name: layer for layer in network.prunable}
         self.problems: dict[str, LayerProblem] = {}
         """What is to be approximated, by layer name."""
         for layer in network.prunable:
@@ -66,7 +67,7 @@ class DirectionPlanner(ThresholdPlanner):
                 continue
             elif layer.name not in statistics.layers:
                 self._skipped[layer.name] = statistics.skipped.get(layer.name, "no statistics were collected")
-            elif layer.name == network.layers[-1].name:
+            elif any(use.name == network.layers[-1].name for use in layer.uses):
                 self._skipped[layer.name] = "the last layer, which EigenDamage leaves as it is"
             elif layer.geometry is not None and not form.limits(layer.geometry):
                 self._skipped[layer.name] = f"form '{form.name}' is for ungrouped layers"
@@ -97,16 +98,17 @@ class DirectionPlanner(ThresholdPlanner):
 
     def _choice(self, name: str, masks: Masks) -> Candidate:
         """The chain of what is kept, or the layer as it is."""
-        geometry = self._geometry[name]
+        layer = self._layers[name]
+        assert layer.geometry is not None
         ranks = int(masks[name + _COLUMNS].sum()), int(masks[name + _ROWS].sum())
-        if name not in self._cores and not self._form.accepted(geometry, ranks):
-            return Candidate(DENSE, (), dense_cost(geometry), 0.0)
-        return Candidate(self._form.name, ranks, self._form.cost(geometry, ranks), 0.0)
+        if name not in self._cores and not self._form.accepted(layer.geometry, ranks):
+            return Candidate(DENSE, (), layer_cost(layer), 0.0)
+        return Candidate(self._form.name, ranks, layer_cost(layer, partial(self._form.cost, ranks=ranks)), 0.0)
 
     def _total(self, choices: Mapping[str, Candidate]) -> Cost:
         macs, parameters = self._dense.macs, self._dense.parameters
         for name, choice in choices.items():
-            dense = dense_cost(self._geometry[name])
+            dense = layer_cost(self._layers[name])
             macs += choice.cost.macs - dense.macs
             parameters += choice.cost.parameters - dense.parameters
         return Cost(macs, parameters)

@@ -53,9 +53,9 @@ class LatencyModel:
     _tables: Mapping[Workload, _Table]
 
     def nanoseconds(self, layer: Layer, links: Sequence[Link]) -> int | Refusal:
-        """Latency of a chain in place of a layer, or why it cannot be run."""
+        """Latency of a chain in place of a layer, at all nodes that share its weight, or why it cannot be run."""
         total = 0.0
-        for workload in workloads(layer, links, self.batch):
+        for workload in _all_workloads(layer, links, self.batch):
             found = self._tables[workload.family].seconds(workload)
             if isinstance(found, Refusal):
                 return found
@@ -171,13 +171,13 @@ def measure_latency_model(
     """
     stopwatch = Stopwatch(providers, threads)
     known = _Known(stopwatch, LatencyCache(providers, threads), progress)
-    layers = [layer for layer in network.layers if _measurable(layer)]
+    layers = [layer for layer in network.owners if _measurable(layer)]
     probes = [(layer.op_type, _probe(layer, batch)) for layer in _costliest(network.prunable)]
     if round_to is None:
         known.measure(workload for _, probe in probes for workload in probe.values())
     units = {operator: round_to or _unit(probe, known) for operator, probe in probes}
     wanted = [
-        list(workloads(layer, links, batch))
+        list(_all_workloads(layer, links, batch))
         for layer in layers
         for links in _sampled_chains(layer, units.get(layer.op_type, DEFAULT_ROUND_TO))
     ]
@@ -188,11 +188,16 @@ def measure_latency_model(
     whole, dense = round(_NANO * original), round(_NANO * normalized)
     saved = {name: round(_NANO * seconds) for name, seconds in savings.items()}
     alone = LatencyModel(network, batch, whole, dense, units, saved, 1.0, dict(tables))
-    share, total = stopwatch.linear_share(network.model, feeds), sum(map(alone.dense, network.layers))
+    share, total = stopwatch.linear_share(network.model, feeds), sum(map(alone.dense, network.owners))
     if share is None or not total:
         return alone
     low, high = _SCALES
     return replace(alone, scale=min(max(share * alone.normalized / total, low), high))
+
+
+def _all_workloads(layer: Layer, links: Sequence[Link], batch: int) -> Iterator[Workload]:
+    """Those of all nodes that are pruned as one."""
+    return itertools.chain.from_iterable(workloads(use, links, batch) for use in layer.uses)
 
 
 class _Known:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.graph import ChannelGroups, Layer, Network, count_parameters, find_branches, find_groups, replace_whole
 from onnx_kfe.planning._allocation import DENSE, REMOVED, Candidate
-from onnx_kfe.planning._chain import Cost, dense_cost
+from onnx_kfe.planning._chain import Cost, layer_cost
 from onnx_kfe.planning._forms import FORMS
 from onnx_kfe.planning._latency import DEFAULT_ROUND_TO
 
@@ -203,7 +204,7 @@ def _checked(where: str, layer: Layer | None, entry: Any) -> Candidate:
     loss = entry.get("predicted_loss") if isinstance(entry, dict) else None
     known = float(loss) if isinstance(loss, int | float) else math.nan
     if form == DENSE and layer.geometry is not None:
-        return Candidate(DENSE, (), dense_cost(layer.geometry), 0.0 if math.isnan(known) else known)
+        return Candidate(DENSE, (), layer_cost(layer), 0.0 if math.isnan(known) else known)
     if form == REMOVED:
         return Candidate(REMOVED, (), Cost(0, 0), known, tuple(entry.get("removes", [])))
     if not layer.prunable or layer.geometry is None:
@@ -221,7 +222,7 @@ def _checked(where: str, layer: Layer | None, entry: Any) -> Candidate:
             raise UsageError(f"{where}: rank {rank} of form '{form}' must be from 1 to {limit}")
     if misfit := FORMS[form].misfit(layer.geometry, ranks):
         raise UsageError(f"{where}: form '{form}': {misfit}")
-    return Candidate(form, tuple(ranks), FORMS[form].cost(layer.geometry, ranks), known)
+    return Candidate(form, tuple(ranks), layer_cost(layer, partial(FORMS[form].cost, ranks=ranks)), known)
 
 
 def _check_removals(path: str | os.PathLike[str], network: Network, choices: Mapping[str, Candidate]) -> None:

@@ -47,7 +47,7 @@ class Planner(AnyPlanner):
         if statistics is not None:
             statistics.check_model(network.fingerprint, network.name)
         self._network, self._latency, self._proven = network, latency, statistics is not None
-        self._skipped = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
+        self._skipped = network.left_alone
         self.options: dict[str, Sequence[Candidate]] = {}
         """Candidates by layer, the layer as it is first."""
         losses = {}

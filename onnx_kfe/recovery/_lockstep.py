@@ -13,6 +13,7 @@ from onnx_kfe.autodiff import Emitter, sizes_of
 from onnx_kfe.calibration import Batch, channel_major, differentiable_copy, emit_samples, features_last, find_padding
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, serialize
+from onnx_kfe.planning import REMOVED
 from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.recovery._samples import Activation, Block, Samples
 from onnx_kfe.recovery._segments import Frontier, ancestors, join
@@ -38,7 +39,7 @@ class Lockstep:
     Args:
         network: The original, or what is left of it when channels went.
         layers: The layers that will be asked for, in order.
-        removed: The branches that are left out.
+        settled: What has become of others: branches that are left out, and layers that no refit changes.
         kept: Where activations are kept.
         memory: Bytes that the columns of a layer may take.
         providers: Execution providers.
@@ -49,7 +50,7 @@ class Lockstep:
         self,
         network: Network,
         layers: Sequence[Layer],
-        removed: Sequence[Chain],
+        settled: Sequence[Chain],
         kept: Activations,
         memory: int,
         providers: Sequence[str],
@@ -59,20 +60,23 @@ class Lockstep:
         self._model = whole.model
         self._wholes = {layer.name: layer for layer in whole.layers}
         self._cuts = network.cuts
-        means = {chain.layer.name: chain.bias for chain in removed}
+        means = {chain.layer.name: chain.bias for chain in settled if chain.form == REMOVED}
         self._smaller_model = RemovePass(means, keep_sums=True)(network.model.clone()).model
+        FactorizePass({chain.layer.name: chain for chain in settled if chain.form != REMOVED})(self._smaller_model)
         self._padding = find_padding(whole.model)
         self._kept = kept
         self._sizes: list[int] = []
         self._memory = memory
         self._stored: set[str] = set()
         self._options: dict[str, Any] = {"providers": providers, "threads": threads}
-        self._ahead = [layer.name for layer in layers]
+        nodes = [use for layer in layers for use in layer.uses]
+        self._parts = {use.name: len(layer.uses) for layer in layers for use in layer.uses}
+        self._ahead = set(self._parts)
         self._original = Frontier(
-            self._model.graph, _targets(self._model.graph, {self._wholes[layer.name].output for layer in layers})
+            self._model.graph, _targets(self._model.graph, {self._wholes[use.name].output for use in nodes})
         )  # fmt: skip
         graph = self._smaller_model.graph
-        self._smaller = Frontier(graph, _targets(graph, {layer.output for layer in layers}), _SMALLER)
+        self._smaller = Frontier(graph, _targets(graph, {use.output for use in nodes}), _SMALLER)
 
     def take(self, data: Iterable[Batch], divisible: bool) -> None:
         """Keep the inputs, in batches enough to hold some out where batches can be divided."""
@@ -98,16 +102,22 @@ class Lockstep:
     def replace(self, chain: Chain) -> None:
         """Write a chain into the smaller model."""
         FactorizePass({chain.layer.name: chain})(self._smaller_model)
-        self._ahead.remove(chain.layer.name)
+        self._ahead -= {use.name for use in chain.layer.uses}
 
     def samples(self, layer: Layer) -> list[Samples]:
-        """The inputs that a layer now gets and the outputs that are wanted of it, by group.
+        """The inputs that a layer now gets, at all of its nodes, and the outputs that are wanted of it, by group.
 
         Wanted is its original output. Where that goes straight into an Add whose other operand is known by now, the
         original sum is: so the last layer of a residual branch makes up for the errors of the branch beside it. A bias
         that an Add of its own adds, as behind a MatMul, is passed over.
         """
+        nodes = [self._samples(use, _surplus(use, layer)) for use in layer.uses]
+        return [Samples.joined(parts) for parts in zip(*nodes, strict=True)]
+
+    def _samples(self, layer: Layer, surplus: np.ndarray | None) -> list[Samples]:
+        """Those of one node, beside which the surplus of its bias ``[out]`` over the layer's is added."""
         wanted, beside, bias = self._wanted(layer)
+        bias = surplus if bias is None else bias if surplus is None else bias + surplus
         own = [self._smaller.value(layer.input), *([] if beside is None else [beside])]
         parts = [
             (self._original, self._original.segment([wanted]), [wanted]),
@@ -147,7 +157,7 @@ class Lockstep:
         if added is not None:
             total, other = added
             known = self._smaller.find(other.name or "")
-            finished = known is not None and not {node.name for node in ancestors([known])} & set(self._ahead)
+            finished = known is not None and self._ahead.isdisjoint(node.name for node in ancestors([known]))
             if finished and _same_shape(output, other):
                 return total, known, bias
         return output, None, bias
@@ -201,7 +211,7 @@ class Lockstep:
         room = max(self._memory, _LEAST_MEMORY) // (4 * geometry.groups * (patch + outputs * out))
         samples = sum(self._sizes)
         enough = _COLUMNS_PER_SAMPLE * samples + _COLUMNS_PER_INPUT * patch
-        return min(1.0, min(enough, room) / (geometry.positions * samples))
+        return min(1.0, min(enough, room) / (self._parts[layer.name] * geometry.positions * samples))
 
     def _run(
         self, session: Any, outputs: list[str], sampled: list[str], layer: Layer, bias: np.ndarray | None
@@ -225,7 +235,7 @@ class Lockstep:
                 )
             x = x[:, order]
             if bias is not None:
-                beside = [bias[:, None] + (beside[0] if beside else np.zeros_like(y))]
+                beside = [bias.reshape(*y.shape[:2], 1) + (beside[0] if beside else np.zeros_like(y))]
             blocks.append([Block(x[g], y[g], beside[0][g] if beside else None) for g in range(len(x))])
         self._stored |= set(outputs)
         return blocks
@@ -248,6 +258,12 @@ def _bias(layer: Layer, addend: ir.Value) -> np.ndarray | None:
     if layer.op_type == "Conv" or constant is None or list(constant.shape) != shape:
         return None
     return constant.numpy().astype(np.float32).reshape(-1)
+
+
+def _surplus(use: Layer, layer: Layer) -> np.ndarray | None:
+    """What the bias ``[out]`` of a node has more than that of the layer which it shares the weight of."""
+    own, given = (0.0 if bias is None else bias for bias in (use.bias(), layer.bias()))
+    return None if np.array_equal(own, given) else np.asarray(own - given, np.float32)
 
 
 def _same_shape(first: ir.Value, second: ir.Value) -> bool:

@@ -27,11 +27,12 @@ from onnx_kfe.planning import DENSE, FORMS, REMOVED, Candidate, LayerProblem, Pl
 from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.recovery._checkpoint import Checkpoint
 from onnx_kfe.recovery._lockstep import FEWEST_SAMPLES, Lockstep
+from onnx_kfe.recovery._order import solving_order
 from onnx_kfe.recovery._samples import Block, Samples
 from onnx_kfe.recovery._solve import InputMoments, fit
 from onnx_kfe.rewrite import Chain, removed_chain, solve_chain
 
-__all__ = ["refit", "refusal"]
+__all__ = ["refit", "refusal", "settled_layers"]
 
 _DENSE_STEPS = 2  # towards what is reachable, of a whole weight
 _CODE_STEPS = 3  # and of the last factor of a chain
@@ -56,7 +57,8 @@ def refit(
     compressed under the covariance of ``x'`` and the old G, and its last factor and bias are solved once more in the
     same way. Layers that stay dense are solved anew as well: they take up part of the error. ConvTranspose is not: it
     stays as it is, or becomes what the plan alone makes of it. Branches that are left out give their mean output, as
-    they did in the original.
+    they did in the original. Nodes that share a weight are solved as one, on the inputs of all of them; where one of
+    them reads what another gave, their layer is as of the plan alone, too, and the others are solved around it.
 
     Args:
         network: The original, narrowed as the plan says.
@@ -79,8 +81,8 @@ def refit(
     if reason := refusal(network, data):
         raise KfeError(f"{network.name}: cannot be refitted: {reason}; use --no-refit")
     first = next(iter(data))
-    known = [layer for layer in _in_order(network) if layer.name in plan.choices and layer.name in statistics.layers]
-    layers = [layer for layer in known if plan.choices[layer.name].form != REMOVED]
+    known = _known(network, plan, statistics)
+    layers, settled = solving_order([layer for layer in known if plan.choices[layer.name].form != REMOVED])
     size = batch_size(network, {name: array.shape for name, array in first.sample.items()})
     solved = Checkpoint(checkpoint, plan, statistics)
     chains = {
@@ -88,11 +90,15 @@ def refit(
         for layer in known
         if layer.name in plan.removed
     }
+    for layer in settled:
+        chains[layer.name] = _unfitted(layer, plan.choices[layer.name], statistics.layers[layer.name])
     columns = memory // 4
     with Activations(memory - columns) as kept:
         models = Lockstep(network, layers, list(chains.values()), kept, columns, providers, threads)
         specs = input_specs(network.model)
         models.take(batches(data, size, specs), size > 1 and fixed_batch(specs) is None)
+        for layer in settled:
+            progress(layer.name)
         for layer in layers:
             chain = solved.load(layer)
             if chain is None:
@@ -121,6 +127,13 @@ def refusal(network: Network, data: Dataset) -> str | None:
         if any(attribute.type in bodies for attribute in node.attributes.values()):
             return f"a graph with {node.op_type} cannot be evaluated in segments"
     return "a graph with functions cannot be evaluated in segments" if network.model.functions else None
+
+
+def settled_layers(network: Network, plan: Plan, statistics: Statistics) -> list[str]:
+    """Names of the layers that a refit compresses but does not solve anew: those that feed themselves."""
+    known = _known(network, plan, statistics)
+    _, settled = solving_order([layer for layer in known if plan.choices[layer.name].form != REMOVED])
+    return [layer.name for layer in settled]
 
 
 def _unfitted(layer: Layer, choice: Candidate, old: LayerStatistics) -> Chain:
@@ -208,6 +221,8 @@ def _fit(
     return np.stack(weights).reshape(weight.shape), np.concatenate(biases)
 
 
-def _in_order(network: Network) -> list[Layer]:
+def _known(network: Network, plan: Plan, statistics: Statistics) -> list[Layer]:
+    """The layers of the plan that there are statistics of, in graph order."""
     prunable = {layer.name: layer for layer in network.prunable}
-    return [prunable[node.name or ""] for node in network.model.graph if node.name in prunable]
+    names = [node.name or "" for node in network.model.graph]
+    return [prunable[n] for n in names if n in prunable and n in plan.choices and n in statistics.layers]

@@ -64,3 +64,12 @@ class Samples:
     fitted: Sequence[Block]
     held_out: Sequence[Block]
     activation: Activation
+
+    @staticmethod
+    def joined(parts: Sequence[Samples]) -> Samples:
+        """The samples of several nodes, with the activation that follows all of them, or none."""
+        return Samples(
+            [block for part in parts for block in part.fitted],
+            [block for part in parts for block in part.held_out],
+            parts[0].activation if len({part.activation for part in parts}) == 1 else Activation(),
+        )

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from onnx_kfe.rewrite._editor import Editor, unclear_names
-from onnx_kfe.rewrite._reorder import Edit, find_edits
+from onnx_kfe.rewrite._reorder import find_edits
 
 __all__ = ["AbsorbPass"]
 
@@ -26,7 +25,8 @@ class AbsorbPass(InPlacePass):
     of a convolution or the indices of another Gather; all on the way is read only once. Behind, it moves through such
     nodes to the columns of all convolutions, or the indices of all Gathers, that read it. A grouped convolution takes
     an order that keeps its groups together; where that exchanges groups, so must what is on its other side. Constants
-    that other nodes read too are copied. A Gather that leaves all channels in place just goes.
+    that other nodes read too are copied, but not weights: convolutions that share one take the same order, or none
+    does. A Gather that leaves all channels in place just goes.
 
     Args:
         owned: Which Gathers may go. Constants of any node may be reordered.
@@ -67,21 +67,9 @@ class AbsorbPass(InPlacePass):
             return False
         self.declined.pop(name, None)
         for edit in edits:
-            _write(edit, editor)
+            editor.put(edit.node, edit.place, edit.array, "/reordered")
         _remove(gather, editor)
         return True
-
-
-def _write(edit: Edit, editor: Editor) -> None:
-    """Put the new constant in the place of the old one, or beside it where something else reads that."""
-    old = edit.node.inputs[edit.place]
-    assert old is not None
-    assert old.const_value is not None
-    dtype = old.const_value.dtype
-    if len(old.uses()) > 1 or old.is_graph_output():
-        edit.node.replace_input_with(edit.place, editor.constant(f"{old.name}/reordered", edit.array, dtype))
-    else:
-        old.const_value = ir.tensor(np.ascontiguousarray(edit.array, dtype.numpy()), dtype=dtype, name=old.name)
 
 
 def _remove(gather: ir.Node, editor: Editor) -> None:

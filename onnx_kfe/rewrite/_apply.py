@@ -113,6 +113,8 @@ def write_chains(network: Network, plan: Plan, statistics: Statistics | None, ch
     removed = {name: chain.bias for name, chain in chains.items() if chain.form == REMOVED}
     chains = {name: chain for name, chain in chains.items() if name not in removed}
     model = FactorizePass(chains)(RemovePass(removed)(model).model).model
+    # what is around a node is no part of a weight that it shares
+    chains = {name: chain for name, chain in chains.items() if not chain.layer.twins}
     model = _merged(model, chains)
     model.metadata_props["onnx_kfe"] = _provenance(network, plan, statistics)
     model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model

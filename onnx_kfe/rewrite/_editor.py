@@ -22,6 +22,7 @@ class Editor:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self._taken = _names(graph)
+        self._made: dict[str, ir.Value] = {}
 
     def unique(self, name: str) -> str:
         """The name, numbered where it is taken; it is taken from now on."""
@@ -33,12 +34,37 @@ class Editor:
         return unique
 
     def constant(self, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
-        """A new initializer of the given element type."""
+        """A new initializer of the given element type; the one there is where it was asked for before."""
+        stored, wanted, made = np.ascontiguousarray(array, dtype.numpy()), name, self._made.get(name)
+        if made is not None and made.graph is self.graph and made.dtype == dtype and _holds(made, stored):
+            return made
         name = self.unique(name)
-        tensor = ir.tensor(np.ascontiguousarray(array, dtype.numpy()), dtype=dtype, name=name)
+        tensor = ir.tensor(stored, dtype=dtype, name=name)
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
         self.graph.register_initializer(value)
+        self._made[wanted] = value
         return value
+
+    def put(self, node: ir.Node, place: int, array: Array, suffix: str = "") -> None:
+        """Have a node read other numbers in place of a constant: in it, or beside it where something else reads that.
+
+        Args:
+            node: The node.
+            place: At which of its inputs the constant is.
+            array: What it is to read.
+            suffix: Behind the name of the constant, the name of the one beside it; nodes that are given the same share
+                that.
+        """
+        value = node.inputs[place]
+        assert value is not None
+        assert value.const_value is not None
+        dtype, name = value.const_value.dtype, f"{value.name}{suffix}"
+        if len(value.uses()) > 1 or value.is_graph_output() or name in self._made:
+            node.replace_input_with(place, self.constant(name, array, dtype))
+            self.drop_unused(value)
+            return
+        value.const_value = ir.tensor(np.ascontiguousarray(array, dtype.numpy()), dtype=dtype, name=value.name)
+        value.shape = ir.Shape(array.shape)
 
     def drop_unused(self, value: ir.Value) -> None:
         """Remove an initializer that no node reads and that is no graph output."""
@@ -69,6 +95,10 @@ class Editor:
         add.replace_input_with(place, self.constant(f"{addend.name}/{suffix}", moved, addend.const_value.dtype))
         self.drop_unused(addend)
         return True
+
+
+def _holds(value: ir.Value, array: np.ndarray) -> bool:
+    return value.const_value is not None and np.array_equal(value.const_value.numpy(), array)
 
 
 def unclear_names(graph: ir.Graph) -> list[str]:

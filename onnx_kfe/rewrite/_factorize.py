@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +24,7 @@ class Chain:
     """What a layer becomes.
 
     Attributes:
-        layer: The layer, a node of the graph to be rewritten.
+        layer: The layer, a node of the graph to be rewritten, as are its twins.
         form: Name of the form, for the names of new initializers.
         stages: Weights in order.
         bias: Bias ``[out]`` of the last stage, which gets none where this is zero.
@@ -35,6 +35,12 @@ class Chain:
     stages: list[Stage]
     bias: Array
 
+    def at(self, use: Layer) -> Chain:
+        """The chain at a node that shares the weight: a bias of its own moves as that of the layer does."""
+        own, given = (np.zeros(len(self.bias)) if bias is None else bias for bias in (use.bias(), self.layer.bias()))
+        alike = use is self.layer or np.array_equal(own, given)
+        return replace(self, layer=use, bias=self.bias if alike else own + (self.bias - given))
+
 
 class FactorizePass(InPlacePass):
     """Write each chain in place of its layer: standard operators, the model's own dtype, names from the layer's.
@@ -42,8 +48,8 @@ class FactorizePass(InPlacePass):
     The factors of ``W @ x`` stay on the left.
 
     A stage has kernel, strides, pads and dilations of the axes that it carries; the bias goes on the last stage, so
-    that an activation behind the layer still fuses with it. The initializers of the layer stay where another node reads
-    them.
+    that an activation behind the layer still fuses with it. Nodes that share a weight share those of its chain. The
+    initializers of the layer stay where another node reads them.
 
     Args:
         chains: What becomes of which layer, by layer name.
@@ -52,24 +58,26 @@ class FactorizePass(InPlacePass):
     def __init__(self, chains: Mapping[str, Chain]) -> None:
         super().__init__()
         self.chains = dict(chains)
+        self._replaced = {*self.chains, *(use.name for chain in chains.values() for use in chain.layer.uses)}
 
     def requires(self, model: ir.Model) -> None:
         """Every layer named is a node of the graph."""
         names = {node.name for node in model.graph}
-        if missing := sorted(set(self.chains) - names):
+        if missing := sorted(self._replaced - names):
             raise PreconditionError(f"no node named {missing[0]}")
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the nodes."""
-        nodes = {node.name: node for node in model.graph if node.name in self.chains}
+        nodes = {node.name: node for node in model.graph if node.name in self._replaced}
         editor = Editor(model.graph)
-        for name, chain in self.chains.items():
-            _Writer(editor, nodes[name], chain).replace()
+        for chain in self.chains.values():
+            for use in chain.layer.uses:
+                _Writer(editor, nodes[use.name], chain.at(use)).replace()
         return PassResult(model, modified=bool(self.chains))
 
     def ensures(self, model: ir.Model) -> None:
         """None of the layers is left."""
-        left = [node.name for node in model.graph if node.name in self.chains]
+        left = [node.name for node in model.graph if node.name in self._replaced]
         if left:
             raise PostconditionError(f"node {left[0]} was not replaced")
 

@@ -57,12 +57,13 @@ def narrow(network: Network, plan: Plan, statistics: Statistics | None) -> Narro
     if statistics is not None:
         for layer in network.prunable:
             cut = cuts[layer.name]
-            whole = cut.rows.all() and cut.columns.all()
-            if layer.name in statistics.layers and not layer.transposed and not whole:
-                left = cut_layer(LayerProblem(layer, statistics.layers[layer.name]), cut, plan.compensates)
-                weights[layer.name], losses[layer.name] = Weights(left.weight, left.bias), left.loss
-                if layer.op_type == "MatMul":
-                    shifts[layer.name] = left.bias
+            if layer.name not in statistics.layers or layer.transposed or (cut.rows.all() and cut.columns.all()):
+                continue
+            for use in layer.uses:
+                left = cut_layer(LayerProblem(use, statistics.layers[layer.name]), cut, plan.compensates)
+                weights[use.name], losses[layer.name] = Weights(left.weight, left.bias), left.loss
+                if use.op_type == "MatMul":
+                    shifts[use.name] = left.bias
         statistics = replace(
             statistics,
             layers={name: seen.cut(cuts[name].rows, cuts[name].columns) for name, seen in statistics.layers.items()},

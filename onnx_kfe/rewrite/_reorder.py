@@ -54,9 +54,9 @@ def find_edits(gather: ir.Node, graph: ir.Graph) -> list[Edit] | str:
         between = output.is_graph_output() and (value.is_graph_output() or value.producer() is None)
         return f"it is all that is between '{value.name}' and the graph output '{output.name}'" if between else []
     front, back = _Walk(graph), _Walk(graph)
-    if (in_front := front.up(value, order)) is None:
+    if (in_front := front.up(value, order) or front.parted()) is None:
         return front.edits
-    if (behind := back.down(output, order)) is None:
+    if (behind := back.down(output, order) or back.parted()) is None:
         return back.edits
     return f"in front, {in_front}; behind, {behind}"
 
@@ -96,6 +96,15 @@ class _Walk:
             return f"'{value.name}' is a graph output"
         obstacles = (self._reader(node, place, order) for node, place in value.uses())
         return next((obstacle for obstacle in obstacles if obstacle is not None), None)
+
+    def parted(self) -> str | None:
+        """Which convolution would no longer share its weight; None where all keep to theirs."""
+        weights = [(edit.node, edit.node.inputs[1], edit.array) for edit in self.edits if _is_weight(edit)]
+        for node, weight, array in weights:
+            alike = sum(other is weight and np.array_equal(new, array) for _, other, new in weights)
+            if weight is not None and alike < len(weight.uses()):
+                return f"Conv '{node.name}' shares its weight"
+        return None
 
     def _reader(self, node: ir.Node, place: int, order: _Order) -> str | None:
         if node.graph is not self.graph:
@@ -164,6 +173,10 @@ class _Walk:
             return f"Conv '{node.name}' has no constant bias"
         self.edits.append(Edit(node, 2, bias[rows]))
         return None
+
+
+def _is_weight(edit: Edit) -> bool:
+    return edit.place == 1 and _is(edit.node, "Conv")
 
 
 def _permutation(node: ir.Node) -> _Order | None:

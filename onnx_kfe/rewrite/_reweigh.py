@@ -31,7 +31,7 @@ class ReweighPass(InPlacePass):
     """Write weights and biases into linear nodes, in the model's own type.
 
     A layer gets a bias where it had none and that is not zero; that of a MatMul goes to the Add behind it, or to a new
-    one. Constants that other nodes read too are copied.
+    one. Constants that other nodes read too are copied, once for all that get the same.
 
     Args:
         weights: By layer name.
@@ -61,43 +61,25 @@ def _write(editor: Editor, node: ir.Node, new: Weights) -> None:
         matrix = matrix.T
     for scale in ("alpha", "beta"):  # which the weights and biases of a layer include
         node.attributes.pop(scale, None)
-    dtype = _constant(node, 1).dtype
-    _put(editor, node, 1, matrix)
+    weight = node.inputs[1]
+    assert weight is not None
+    assert weight.const_value is not None
+    dtype, name = weight.const_value.dtype, f"{weight.name}/bias"
+    editor.put(node, 1, matrix)
     if node.op_type == "MatMul":
         if np.any(new.bias) and not editor.absorb(node.outputs[0], new.bias, "kfe"):
-            _add(editor, node, new.bias, dtype)
+            _add(editor, node, editor.constant(name, new.bias, dtype))
     elif len(node.inputs) > 2 and node.inputs[2] is not None:
-        _put(editor, node, 2, new.bias)
+        editor.put(node, 2, new.bias)
     elif np.any(new.bias):
         node.resize_inputs(3)
-        node.replace_input_with(2, editor.constant(f"{node.name}/bias", new.bias, dtype))
+        node.replace_input_with(2, editor.constant(name, new.bias, dtype))
 
 
-def _put(editor: Editor, node: ir.Node, place: int, array: Array) -> None:
-    """Put an array in the place of a constant, or beside it where something else reads that."""
-    old, value = _constant(node, place), node.inputs[place]
-    assert value is not None
-    if len(value.uses()) > 1 or value.is_graph_output():
-        node.replace_input_with(place, editor.constant(value.name or "", array, old.dtype))
-        return
-    value.const_value = ir.tensor(np.ascontiguousarray(array, old.dtype.numpy()), dtype=old.dtype, name=value.name)
-    value.shape = ir.Shape(array.shape)
-
-
-def _constant(node: ir.Node, place: int) -> ir.TensorProtocol:
-    value = node.inputs[place]
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value
-
-
-def _add(editor: Editor, node: ir.Node, bias: Array, dtype: ir.DataType) -> None:
+def _add(editor: Editor, node: ir.Node, bias: ir.Value) -> None:
     """Add a bias to what a node gives; a graph output keeps its name."""
     output, uses = node.outputs[0], list(node.outputs[0].uses())
-    addition = ir.Node(
-        "", "Add", [output, editor.constant(f"{node.name}/bias", bias, dtype)],
-        name=editor.unique(f"{node.name}/bias_add"),
-    )  # fmt: skip
+    addition = ir.Node("", "Add", [output, bias], name=editor.unique(f"{node.name}/bias_add"))
     total = addition.outputs[0]
     total.type, total.shape, total.name = output.type, output.shape, editor.unique(f"{output.name}/biased")
     editor.graph.insert_after(node, addition)

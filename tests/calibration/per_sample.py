@@ -64,14 +64,18 @@ class _Leaves(TorchFunctionMode):
         layer = self._oracle.layer_of(args[1]) if known else None
         if layer is None:
             return func(*args, **(kwargs or {}))
-        weight = args[1].detach().requires_grad_()
+        known = self._leaves.get(layer.name)  # of another node with the same weight
+        weight = args[1].detach().requires_grad_() if known is None else known[0]
         y = func(args[0], weight, *args[2:], **(kwargs or {}))
         axis = 1 if func in _CONVOLUTIONS else -1
         shape = [-1 if place == axis % y.dim() else 1 for place in range(y.dim())]
-        shift, gate = (make(y.shape[axis], dtype=y.dtype, requires_grad=True) for make in (torch.zeros, torch.ones))
+        if known is None:
+            made = (make(y.shape[axis], dtype=y.dtype, requires_grad=True) for make in (torch.zeros, torch.ones))
+            known = weight, *made
+        _, shift, gate = known
         added_later = layer.op_type == "Gemm" and layer.bias() is not None and len(args) < 3 and not kwargs
         bias = torch.from_numpy(layer.bias()).to(y.dtype) if added_later else torch.zeros_like(shift)
-        self._leaves[layer.name] = weight, shift, gate
+        self._leaves[layer.name] = known
         if func is torch.matmul:
             self._transposed.add(layer.name)
         closed = (bias * (gate - 1)).reshape(shape)  # the gate is behind the bias of the layer

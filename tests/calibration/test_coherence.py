@@ -52,6 +52,29 @@ def test_before_a_global_pooling_the_trace_is_that_of_the_fisher(monkeypatch: py
     assert layer.coherence > 5
 
 
+def test_nodes_with_one_weight_and_different_numbers_of_positions(monkeypatch: pytest.MonkeyPatch):
+    """Both pool to the same means; each of the two gradients is then as strong as the other, whatever its positions."""
+    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)
+    body = "c = Conv(x, w) y = GlobalAveragePool(c) s = AveragePool<kernel_shape=[2, 2], strides=[2, 2]>(x)"
+    body += " d = Conv(s, w) z = GlobalAveragePool(d)"
+    outputs = "float[N, 2, 1, 1] y, float[N, 2, 1, 1] z"
+    network = network_of(body, "float[N, 3, 8, 8] x", outputs, w=(2, 3, 1, 1))
+    x = np.repeat(np.repeat(IMAGES[..., :4], 2, 2), 2, 3)
+    statistics = collect(network, open_dataset({"x": x}, specs_of(network.model)))
+    (layer,) = statistics.layers.values()
+    shapes = {head.output: (1, 2, 1, 1) for head in statistics.heads}
+    drawn = [sample_noise(statistics.heads, shapes, 0, n) for n in range(len(x))]
+    means = x.astype(np.float64).mean((2, 3))
+    gradients = [
+        np.concatenate([rows[place] for rows in drawn]) / head.scale for place, head in enumerate(statistics.heads)
+    ]
+    total = sum(np.square(gradient).sum() for gradient in gradients) / len(x)
+    exact = np.square(means - means.mean(0)).sum(1).mean() * total
+    traces = np.trace(layer.centred_input_factor[0]) * np.trace(layer.output_factor[0])
+    assert layer.coherence * traces == pytest.approx(exact, rel=0.1)
+    assert layer.positions == len(x) * (64 + 16)
+
+
 def test_independent_positions_are_what_the_factors_assume():
     x = np.random.default_rng(2).standard_normal((400, 3, 4, 5)).astype(np.float32)
     body = "y = Conv(x, w)"

@@ -23,6 +23,7 @@ from onnx_kfe.graph import Network, _io, open_network, serialize
 from onnx_kfe.kfe import predicted_loss
 from onnx_kfe.runtime import create_session
 from tests.cases import INPUT, load_case
+from tests.tied import pyramid, samples, siamese, stacked, upsampled
 from tools.bench_memory import encoder
 from tools.torch_oracle import Noise, Output, TorchOracle, relative_error
 
@@ -96,6 +97,40 @@ def test_factors_equal_those_of_torch(name: str):
     assert not statistics.skipped
     assert set(statistics.layers) == {layer.name for layer in network.prunable}
     assert_factors_agree(network, statistics, feeds)
+
+
+@pytest.mark.usefixtures("all_positions")
+@pytest.mark.parametrize("make", [pyramid, stacked, siamese, upsampled])
+def test_nodes_that_share_a_weight_add_up(make: Callable[[], onnx.ModelProto]):
+    model = make()
+    network, feeds = open_network(model), samples(model, 12)
+    statistics = collected(network, feeds)
+    assert set(statistics.layers) == {layer.name for layer in network.prunable}
+    assert_factors_agree(network, statistics, feeds)
+    (layer, *_) = (layer for layer in network.prunable if layer.twins)
+    seen = statistics.layers[layer.name]
+    assert seen.positions == 12 * sum(use.geometry.positions for use in layer.uses)
+    if not layer.geometry.kernel:  # whose patches are its inputs
+        inputs = [use.input for use in layer.uses]
+        inner = network.model.clone()
+        values = {value.name: value for node in inner.graph for value in node.outputs}
+        inner.graph.outputs.extend(values[name] for name in inputs if name in values)
+        session = create_session(serialize(inner))
+        found = dict(zip([v.name for v in session.get_outputs()], session.run(None, feeds), strict=True)) | feeds
+        rows = np.concatenate([found[name].reshape(-1, layer.geometry.in_channels) for name in inputs]).astype(float)
+        assert relative_error(seen.input_factor[0], rows.T @ rows / 12) < TOLERANCE
+        assert relative_error(seen.mean[0], rows.mean(0)) < TOLERANCE
+
+
+def test_a_layer_is_skipped_where_any_of_its_nodes_has_no_gradient():
+    body = "h = MatMul(x, w) r = Relu(h) p = MatMul(r, w) y = Round(p)"
+    network = network_of(
+        f"{body} z = MatMul(r, v)", "float[N, 6] x", "float[N, 6] y, float[N, 4] z", w=(6, 6), v=(6, 4)
+    )
+    (layer, other) = network.prunable
+    statistics = collected(network, {"x": np.ones((4, 6), np.float32)}, heads={"y": "none"})
+    assert set(statistics.layers) == {other.name}
+    assert statistics.skipped == {layer.name: f"'{layer.twins[0].name}', which has the same weight: no path to a head"}
 
 
 def network_of(body: str, x: str = "float[N, 3, 9, 8] x", y: str = "float[N, k, h, w] y", **weights: tuple[int, ...]):

@@ -277,13 +277,6 @@ def test_reasons_of_convolutions(weight, shape, options, reason):
     assert only_layer(convolution(weight, shape, **options)).reason == reason
 
 
-def test_shared_weights_are_left_alone():
-    twice = [node("Gemm", ["x", "w"], ["h"]), node("Gemm", ["h", "w"], ["y"])]
-    assert _reason_of(twice, W) == ["weight 'w' is shared by 2 nodes"] * 2
-    tied = [node("Gemm", ["x", "w"], ["h"]), node("Transpose", ["w"], ["t"]), node("MatMul", ["h", "t"], ["y"])]
-    assert _reason_of(tied, W) == ["weight 'w' is shared by 2 nodes", "no constant weight"]
-
-
 def test_a_weight_that_is_an_output_is_left_alone():
     model = tiny([node("Gemm", ["x", "w"], ["y"])], {"x": ["n", 4]}, {"y": ["n", 4], "w": [4, 4]}, W)
     assert only_layer(model).reason == "weight is a graph output"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from onnx_kfe.planning._workload import Workload, workloads
 from tests.networks import classifier, samples
 from tests.planning.clocks import Clock, work
 from tests.planning.problems import model_of, random_statistics
+from tests.tied import pyramid
 from tests.tiny import node, tiny, weights
 
 BATCH = 2
@@ -105,6 +107,18 @@ def test_what_is_bilinear_is_exact_at_all_ranks(measured, network):
         between += not set(workloads(layer, links, BATCH)) <= asked
     assert between > 100, "most ranks were not measured"
     assert len(asked) < 500
+
+
+def test_nodes_that_share_a_weight_take_their_times_together(measured):
+    tied = open_network(pyramid())
+    clock = Clock()
+    model = measured(clock, tied)
+    assert len({tuple(workloads(use, [dense_link(use.geometry)], BATCH)) for use in tied.prunable[3].uses}) == 3
+    for layer, links in chains(dataclasses.replace(tied, layers=tied.prunable), GRID):
+        wanted = sum(summed(work, use, links) for use in layer.uses)
+        assert model.nanoseconds(layer, links) == pytest.approx(wanted, abs=1, rel=1e-9), (layer.name, links)
+    total = sum(summed(work, layer, [dense_link(layer.geometry)]) for layer in tied.layers)
+    assert model.prunable_share == pytest.approx(min(total / model.normalized, 1.0), rel=1e-6)
 
 
 def test_each_workload_is_measured_once_and_never_again(measured):

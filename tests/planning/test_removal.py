@@ -252,12 +252,12 @@ def test_layers_without_statistics_are_saved_all_the_same():
 
 
 def shared_inside() -> onnx.ModelProto:
-    """The first of three convolutions of a branch has its weight in common with a layer elsewhere."""
+    """The first of the two convolutions of a branch has its weight in common with another operator elsewhere."""
     nodes = [
         node("Conv", ["x", "w"], ["g"], "first", pads=[1] * 4),
         node("Conv", ["g", "v"], ["h"], "last", pads=[1] * 4),
         node("Add", ["x", "h"], ["s"], "sum"),
-        node("Conv", ["s", "w"], ["y"], "elsewhere", pads=[1] * 4),
+        node("ConvTranspose", ["s", "w"], ["y"], "elsewhere", pads=[1] * 4),
     ]
     shape = ["n", 4, 6, 6]
     return tiny(nodes, {"x": shape}, {"y": shape}, {"w": weights(4, 4, 3, 3), "v": weights(4, 4, 3, 3, seed=1)})

@@ -16,12 +16,13 @@ from onnx_kfe.calibration import Dataset, batches, input_specs, open_dataset
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Network, count_macs, find_branches, open_network, serialize
 from onnx_kfe.planning import DENSE, FORMS, REMOVED, Candidate, Cost, Plan, dense_cost, network_cost
-from onnx_kfe.recovery import _lockstep, refit, refusal
+from onnx_kfe.recovery import _lockstep, refit, refusal, settled_layers
 from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.rewrite import apply_plan, solve_plan, write_chains
 from onnx_kfe.runtime import create_session
 from tests.cases import INPUT, load_case
 from tests.networks import mixer
+from tests.tied import pyramid, samples, siamese, stacked, upsampled
 from tests.tiny import node, tiny, weights
 
 SAMPLES = 192
@@ -354,6 +355,34 @@ def test_a_product_behind_a_branch_that_is_cut_makes_up_for_it():
     (found,) = outputs(serialize(write_chains(network, plan, statistics, chains)), {"x": x})
     (once,) = outputs(serialize(apply_plan(network, plan, statistics)[0]), {"x": x})
     assert np.square(found - wanted).sum() < 0.01 * np.square(once - wanted).sum()
+
+
+@pytest.mark.parametrize("make", [pyramid, siamese, stacked, upsampled])
+def test_nodes_that_share_a_weight_are_solved_as_one(make):
+    """Nearer to the original than without a refit, on other samples too; what feeds itself is as without."""
+    model = make()
+    network, feeds, unseen = open_network(model), samples(model, SAMPLES), samples(model, SAMPLES, seed=1)
+    statistics = kfe.collect(network, feeds)
+    plan = kfe.plan(network, statistics, kfe.Macs(0.3 if make is upsampled else 0.5), round_to=1)
+    assert any(layer.twins and layer.name in plan.changed for layer in network.prunable)
+    before, _ = apply_plan(network, plan, statistics)
+    after = write_chains(network, plan, statistics, refit(network, plan, statistics, dataset(network, feeds)))
+    wanted = outputs(serialize(network.original), unseen)[0]
+    errors = [np.square(outputs(serialize(each), unseen)[0] - wanted).mean() for each in (before, after)]
+    assert settled_layers(network, plan, statistics) == (["MatMul0", "MatMul3"] if make is stacked else [])
+    assert errors[1] < (0.5 if make is pyramid else 1.0) * errors[0]
+    assert kfe.graph.count_parameters(after) <= 1.05 * kfe.graph.count_parameters(before)
+
+
+@pytest.mark.parametrize("make", [pyramid, siamese, stacked, upsampled])
+def test_where_nothing_changes_shared_weights_do_not_either(make):
+    model = make()
+    network, feeds = open_network(model), samples(model, SAMPLES)
+    plan = dense_plan(network)
+    statistics = kfe.collect(network, feeds)
+    same = write_chains(network, plan, statistics, refit(network, plan, statistics, dataset(network, feeds)))
+    wanted, found = (outputs(serialize(each), feeds)[0] for each in (network.original, same))
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
 
 
 def test_what_a_chain_of_a_branch_reads_is_kept_while_other_branches_are_solved():

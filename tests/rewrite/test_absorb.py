@@ -21,6 +21,7 @@ PADDED = {"pads": [1, 1, 1, 1]}
 ARRAYS = {
     "w": weights(C, C, 3, 3) / 4, "b": weights(C, seed=1), "v": weights(6, C, 3, 3, seed=2) / 4,
     "c": weights(6, seed=3), "u": weights(5, C, 1, 1, seed=4), "grouped": weights(C, 4, 3, 3, seed=5) / 4,
+    "closing": weights(C, 4, 3, 3, seed=15) / 4,
     "deep": weights(C, 1, 3, 3, seed=6), "wide": weights(12, 4, 3, 3, seed=7) / 4,
     "slope": np.abs(weights(C, 1, 1, seed=8)), "half": np.float32(0.5), "map": weights(1, C, 6, 6, seed=9),
     "row": weights(6, seed=10), "zero": np.float32(0), "six": np.float32(6),
@@ -102,7 +103,7 @@ def assert_same(before: onnx.ModelProto, after: onnx.ModelProto, rtol: float = 1
             np.testing.assert_allclose(found[name], array, rtol=rtol, atol=rtol * np.abs(array).max(), err_msg=name)
 
 
-FRONT, BACK = conv("x", "h", "w", "b"), conv("g", "y", "grouped", group=2)  # BACK cannot take p
+FRONT, BACK = conv("x", "h", "w", "b"), conv("g", "y", "closing", group=2)  # BACK cannot take p
 START, END = conv("x", "h", "grouped", "b", group=2), conv("g", "y", "v", "c")  # nor can START
 ALIKE = [
     [act("Relu", "h", "a")],
@@ -145,7 +146,7 @@ def test_rows_and_bias_move_in_front():
     after, _ = absorb(graph(FRONT, act("Relu", "h", "a"), gather("a", "g"), BACK))
     np.testing.assert_array_equal(constants(after)["w"], ARRAYS["w"][ARRAYS["p"]])
     np.testing.assert_array_equal(constants(after)["b"], ARRAYS["b"][ARRAYS["p"]])
-    np.testing.assert_array_equal(constants(after)["grouped"], ARRAYS["grouped"])
+    np.testing.assert_array_equal(constants(after)["closing"], ARRAYS["closing"])
 
 
 def test_columns_move_behind():
@@ -289,18 +290,25 @@ def test_a_body_may_read_what_is_absorbed_in_front():
     assert_same(model, after)
 
 
-def test_shared_constants_are_copied():
-    """Of two that read a weight one gets a copy; where all readers are to change, each gets one."""
+def test_shared_weights_stay_shared():
+    """Of two that read a weight none changes alone; where all readers are to change, they do so together."""
     model = graph(conv("x", "s", "w", "b"), conv("s", "h", "w", "b"), gather("h", "g"), BACK)
-    after, _ = absorb(model)
-    assert_same(model, after)
-    assert {"w", "w/reordered", "b", "b/reordered"} <= constants(after).keys()
-    np.testing.assert_array_equal(constants(after)["w"], ARRAYS["w"])
+    after, declined = absorb(model)
+    assert "Gather" in kinds(after)
+    assert "shares its weight" in declined["gather_g"]
     both = graph(gather("x", "g"), conv("g", "y", "w", "b"), conv("g", "z", "w", "b"), outputs=("y", "z"))
     after, _ = absorb(both)
     assert "Gather" not in kinds(after)
-    assert constants(after).keys() == {"w", "w/reordered", "b"}  # the outputs come as they were, so does the bias
+    assert constants(after).keys() == {"w/reordered", "b"}  # the outputs come as they were, so does the bias
     assert_same(both, after)
+
+
+def test_other_shared_constants_are_copied():
+    model = graph(conv("x", "s", "v", "b"), conv("s", "h", "w", "b"), gather("h", "g"), BACK, v=ARRAYS["w"] + 1)
+    after, _ = absorb(model)
+    assert_same(model, after)
+    assert {"w", "b", "b/reordered"} <= constants(after).keys()
+    np.testing.assert_array_equal(constants(after)["b"], ARRAYS["b"])
     orders = graph(gather("x", "s"), act("Relu", "s", "a"), gather("a", "y", "q"), gather("x", "z"), outputs=("y", "z"))
     after, _ = absorb(orders, lambda node: node.name == "gather_y")
     assert constants(after).keys() == {"p", "p/reordered"}

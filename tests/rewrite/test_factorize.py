@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -9,10 +11,11 @@ import pytest
 from onnx_ir.passes import PreconditionError
 
 from onnx_kfe.calibration import LayerStatistics, Statistics
-from onnx_kfe.graph import Network, count_macs, find_layers, open_network, serialize
-from onnx_kfe.planning import FORMS, Candidate, LayerProblem, Plan, compose, network_cost
+from onnx_kfe.graph import Network, count_macs, count_parameters, find_layers, open_network, serialize
+from onnx_kfe.planning import FORMS, Candidate, LayerProblem, Macs, Params, Plan, Planner, compose, network_cost
 from onnx_kfe.rewrite import Chain, FactorizePass, apply_plan, write_chains
 from tests.planning.problems import random_statistics, statistics_of
+from tests.tied import pyramid, samples, siamese, stacked, upsampled
 from tests.tiny import node, run, tiny, weights
 
 
@@ -394,3 +397,69 @@ def test_a_layer_that_is_not_there_is_refused():
     chain = Chain(network.layers[0], "tucker", [], np.zeros(8))
     with pytest.raises(PreconditionError, match="no node named ghost"):
         FactorizePass({"ghost": chain})(network.model.clone())
+
+
+def factors_of(model: ir.Model, name: str) -> list[ir.Value]:
+    """The weights of the chain of a layer, in order."""
+    return [each.inputs[1] for each in model.graph if (each.name or "").startswith(f"{name}/") and len(each.inputs) > 1]
+
+
+@pytest.mark.parametrize("make", [pyramid, stacked, siamese, upsampled])
+@pytest.mark.parametrize("centred", [False, True])
+def test_nodes_that_share_a_weight_share_its_factors(make: Callable[[], onnx.ModelProto], centred: bool):
+    model = make()
+    network, feeds = open_network(model), samples(model, 3)
+    smaller = pruned(model, centred=centred)
+    for name, array in run(model, feeds).items():
+        np.testing.assert_allclose(run(smaller, feeds)[name], array, rtol=1e-4, atol=1e-4 * np.abs(array).max())
+    for layer in network.prunable:
+        factors = [factors_of(smaller, use.name) for use in layer.uses]
+        assert len(factors[0]) > 1
+        assert all(other == factors[0] for other in factors)
+    assert not {node.name for node in smaller.graph} & {layer.name for layer in network.layers}
+
+
+@pytest.mark.parametrize("make", [pyramid, stacked, siamese, upsampled])
+def test_costs_of_shared_weights_are_those_of_the_model(make: Callable[[], onnx.ModelProto]):
+    """MACs at every node, parameters once, biases that come and go aside."""
+    network = open_network(make())
+    statistics = statistics_of(network)
+    planned = Planner(network, statistics, round_to=1)
+    for kind, count in ((Macs, count_macs), (Params, count_parameters)):
+        plan = planned.plan(kind(0.6))
+        smaller, _ = apply_plan(network, plan, statistics)
+        assert any(layer.twins and layer.name in plan.changed for layer in network.prunable)
+        assert count_macs(smaller) == round(planned.fraction(plan, Macs) * count_macs(network.model))
+        biases = sum(8 for layer in network.prunable if layer.bias() is None) * 3
+        predicted = planned.fraction(plan, Params) * count_parameters(network.model)
+        assert abs(count_parameters(smaller) - predicted) <= biases
+        assert count(smaller) <= 0.6 * count(network.model) + (biases if kind is Params else 0)
+
+
+def test_each_node_keeps_a_bias_of_its_own():
+    """It moves by what the mean over all nodes gives: ``b + (W - W_hat) mu``."""
+    network = open_network(pyramid())
+    statistics = statistics_of(network)
+    smaller, _ = apply_plan(network, plan_for(network, ranks=2), statistics)
+    layer = next(layer for layer in network.prunable if layer.name == "Conv8")
+    (problem,) = [LayerProblem(layer, statistics.layers[layer.name])]
+    approximation = compose(FORMS["output_low_rank"].stages(problem, (2,)))
+    change = (problem.weight - approximation).reshape(len(approximation[0]), -1) @ problem.mean[0]
+    assert np.abs(change).max() > 0.1
+    for use in layer.uses:
+        last = [each for each in smaller.graph if (each.name or "").startswith(f"{use.name}/")][-1]
+        np.testing.assert_allclose(last.inputs[2].const_value.numpy(), use.bias() + change, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_around_a_shared_weight_is_not_merged_with_it():
+    """Reorderings stay too: the factors are read by all nodes as they are."""
+    nodes = [node("Conv", [x, "w"], [y], y, pads=[1] * 4) for x, y in (("x", "g"), ("g", "h"))]
+    arrays = {"w": weights(8, 8, 3, 3), "v": weights(6, 8, 1, 1)}
+    model = tiny([*nodes, node("Conv", ["h", "v"], ["y"], "y")], {"x": ["n", 8, 5, 5]}, {"y": ["n", 6, 5, 5]}, arrays)
+    smaller = pruned(model, form="block_diagonal", ranks=1)
+    gathers = [each for each in smaller.graph if each.op_type == "Gather"]
+    assert len({each.inputs[1] for each in gathers}) == 2 < len(gathers)
+    assert_same(model, smaller, (8, 5, 5))
+    low = pruned(model, ranks=2)
+    assert [factors_of(low, "g"), factors_of(low, "y")[:0]] == [factors_of(low, "h"), []]
+    assert len(factors_of(low, "g")) > 1

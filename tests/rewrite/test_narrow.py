@@ -17,6 +17,7 @@ from onnx_kfe.planning import Plan, network_cost
 from onnx_kfe.rewrite import ReweighPass, Weights, narrow
 from tests.planning.problems import random_statistics, statistics_of
 from tests.rewrite.test_channels import UNITS, assert_as_cut, feeds_of, model_of
+from tests.tied import pyramid, siamese
 from tests.tiny import node, run, tiny, weights
 
 _DAMPING = 1e-4  # of the mean variance of a patch, as of `LayerProblem`
@@ -238,3 +239,32 @@ def test_channels_of_another_model_are_refused() -> None:
     network = open_network(gemms()[0])
     with pytest.raises(UsageError, match="no such group"):
         narrow(network, plan_of(network, {"ghost": np.ones(2, bool)}), None)
+
+
+@pytest.mark.parametrize("make", [pyramid, siamese])
+def test_nodes_that_share_a_weight_narrow_alike(make: Callable[[], onnx.ModelProto]):
+    """One weight is left of each, and all nodes make up for the mean of what went."""
+    network = open_network(make())
+    statistics = statistics_of(network)
+    groups = find_groups(network)
+    kept = {group.name: tuple(range(group.size // 2)) for group in groups.groups if group.prunable}
+    plan = Plan(network.fingerprint, {}, network_cost(network), channels=kept, compensates=True)
+    smaller, _, losses = narrow(network, plan, statistics)
+    cuts = groups.cut(plan.masks(groups))
+    before = {layer.name: layer for layer in network.prunable}
+    layers = [layer for layer in smaller.prunable if layer.twins]
+    assert [layer.name for layer in layers] == [layer.name for layer in network.prunable if layer.twins]
+    for layer in layers:
+        cut, whole = cuts[layer.name], before[layer.name]
+        assert len({use.weight_value for use in layer.uses}) == 1
+        assert layer.weight().shape[1:3] == (cut.rows.sum(), cut.columns.sum())
+        assert layer.name in losses
+        moved = []
+        for use, given in zip(layer.uses, whole.uses, strict=True):
+            bias = np.zeros(len(cut.rows)) if given.bias() is None else given.bias()
+            moved.append((0.0 if use.bias() is None else use.bias()) - bias[cut.rows])
+        assert cut.columns.all() or np.abs(moved[0]).max() > 0
+        np.testing.assert_allclose(moved, [moved[0]] * len(moved), atol=1e-5)
+    biases = {use.node.inputs[2] for layer in layers for use in layer.uses if len(use.node.inputs) > 2}
+    own = sum(len(layer.uses) if layer.name == "Conv8" else 1 for layer in layers)
+    assert len(biases) == own

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import onnx
+import onnx_ir as ir
+import pytest
 import torch
 from onnx import helper
 
 import onnx_kfe as kfe
+from onnx_kfe.graph import count_parameters, open_network
+from onnx_kfe.rewrite import apply_plan
 from tests.cases import load_case
+from tests.planning.problems import statistics_of
 from tests.recovery.training.comparison import assert_close, outputs, step
+from tests.tied import pyramid, samples, stacked
 from tests.tiny import node, run, tiny, weights
 
 
@@ -77,3 +85,30 @@ def test_a_convolution_that_is_used_twice_is_one_parameter():
     assert len(list(module.parameters())) == len(set(weights_of)) * 2 + 2
     step(module, case.inputs(4))
     assert_close(run(kfe.write_back(module, case.model), case.inputs(2)), outputs(module, case.inputs(2)))
+
+
+@pytest.mark.parametrize("make", [pyramid, stacked])
+def test_factors_of_a_shared_weight_are_one_parameter_each(make):
+    """Gradients of all nodes add up, as those of torch do, and the trained factors go back to all of them."""
+    network = open_network(make())
+    statistics = statistics_of(network)
+    smaller = ir.to_proto(apply_plan(network, kfe.plan(network, statistics, kfe.Macs(0.6), round_to=1), statistics)[0])
+    feeds = samples(make(), 4)
+    module = kfe.to_torch(smaller)
+    parameters = dict(module.named_parameters())
+    counts = Counter(name for each in smaller.graph.node for name in each.input)
+    shared = [key for key in parameters if counts[module.initializer_names[key]] > 1]
+    assert sum(parameter.numel() for parameter in parameters.values()) == count_parameters(ir.from_proto(smaller))
+    assert shared
+    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    step(module, feeds, rate=0.0)
+    key = max(shared, key=lambda each: float(parameters[each].grad.abs().max()))
+    gradient = parameters[key].grad
+    place = np.unravel_index(int(gradient.abs().argmax()), gradient.shape)
+    losses = []
+    for shift in (-1e-2, 1e-2):
+        with torch.no_grad():
+            parameters[key][place] = before[key][place] + shift
+        losses.append(np.square(outputs(module, feeds)[module.output_names[0]].astype(np.float64)).mean())
+    np.testing.assert_allclose((losses[1] - losses[0]) / 2e-2, float(gradient[place]), rtol=2e-2)
+    assert_close(run(kfe.write_back(module, smaller), feeds), outputs(module, feeds))
