@@ -91,7 +91,7 @@ def emit_inputs(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir
     geometry = _geometry(layer)
     share = min(1.0, _INPUT_COST * geometry.out_channels / geometry.groups / geometry.patch_size)
     if layer.op_type != "Conv":
-        return _row_moments(emit, _rows(emit, x, geometry.in_channels, share, phase))
+        return _row_moments(emit, _rows(emit, x, geometry.in_channels, _of_rows(x, share), phase))
     patches = emit_patches(emit, layer, x, y, grid_strides(_extent(y), share), phase)
     columns = _columns(emit, patches, geometry.groups, geometry.taps, geometry.patch_size)
     return _second_moments(emit, columns, geometry.groups)
@@ -110,7 +110,7 @@ def emit_cotangents(emit: Emitter, layer: Layer, g: ir.Value, phase: ir.Value) -
     total = emit.op("Size", g, dtype=_INT64, shape=())
     share = min(1.0, _OUTPUT_COST * geometry.patch_size / (geometry.out_channels / geometry.groups))
     if layer.op_type != "Conv":
-        moment, _, size = _row_moments(emit, _rows(emit, g, geometry.out_channels, share, phase))
+        moment, _, size = _row_moments(emit, _rows(emit, g, geometry.out_channels, _of_rows(g, share), phase))
         return moment, size, total
     columns = _output_grid(emit, g, grid_strides(_extent(g), share), phase)
     columns = _columns(emit, columns, geometry.groups, 1, geometry.out_channels // geometry.groups)
@@ -323,6 +323,12 @@ def _second_moments(emit: Emitter, columns: ir.Value, groups: int) -> Moments:
         moment = emit.op("MatMul", columns, emit.op("Transpose", columns, perm=[0, 2, 1]))
     total = emit.op("ReduceSum", columns, emit.ints(-1), keepdims=0)
     return moment, total, emit.op("Size", columns, dtype=_INT64, shape=())
+
+
+def _of_rows(x: ir.Value, share: float) -> float:
+    """The share, or all where the length of a sequence is free: of a short one hardly a position would be taken."""
+    free = x.shape is not None and len(x.shape) >= 3 and not isinstance(x.shape[-2], int)
+    return 1.0 if free else share
 
 
 def _rows(emit: Emitter, x: ir.Value, features: int, share: float, phase: ir.Value) -> ir.Value:
