@@ -94,7 +94,7 @@ def emit_inputs(emit: Emitter, layer: Layer, x: ir.Value, y: ir.Value, phase: ir
     geometry = _geometry(layer)
     share = min(1.0, _INPUT_COST * geometry.cotangent_size / geometry.patch_size)
     if not geometry.kernel:
-        return _row_moments(emit, _rows(emit, x, geometry.in_channels, share, phase))
+        return _row_moments(emit, _rows(emit, x, geometry.in_channels, _of_rows(x, share), phase))
     if geometry.transposed:
         return _grid_moments(emit, x, geometry.groups, geometry.patch_size, share, phase)
     return _patch_moments(emit, layer, x, y, share, phase)
@@ -120,7 +120,7 @@ def emit_cotangents(emit: Emitter, layer: Layer, x: ir.Value, g: ir.Value, phase
     total = emit.op("Size", x if geometry.transposed else g, dtype=_INT64, shape=())
     share = min(1.0, _OUTPUT_COST * geometry.patch_size / geometry.cotangent_size)
     if not geometry.kernel:
-        moment, _, size = _row_moments(emit, _rows(emit, g, geometry.out_channels, share, phase))
+        moment, _, size = _row_moments(emit, _rows(emit, g, geometry.out_channels, _of_rows(g, share), phase))
     elif geometry.transposed:
         moment, _, size = _patch_moments(emit, layer, g, x, share, phase)
     else:
@@ -387,6 +387,12 @@ def _second_moments(emit: Emitter, columns: ir.Value, groups: int) -> Moments:
         moment = emit.op("MatMul", columns, emit.op("Transpose", columns, perm=[0, 2, 1]))
     total = emit.op("ReduceSum", columns, emit.ints(-1), keepdims=0)
     return moment, total, emit.op("Size", columns, dtype=_INT64, shape=())
+
+
+def _of_rows(x: ir.Value, share: float) -> float:
+    """The share, or all where the length of a sequence is free: of a short one hardly a position would be taken."""
+    free = x.shape is not None and len(x.shape) >= 3 and not isinstance(x.shape[-2], int)
+    return 1.0 if free else share
 
 
 def _rows(emit: Emitter, x: ir.Value, features: int, share: float, phase: ir.Value) -> ir.Value:

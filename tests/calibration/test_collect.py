@@ -24,6 +24,8 @@ from onnx_kfe.kfe import predicted_loss
 from onnx_kfe.runtime import create_session
 from tests.cases import INPUT, load_case
 from tests.tied import pyramid, samples, siamese, stacked, upsampled
+from tests.tiny import weights
+from tests.topologies import Builder
 from tools.bench_memory import encoder
 from tools.torch_oracle import Noise, Output, TorchOracle, relative_error
 
@@ -61,6 +63,22 @@ def assert_factors_agree(network: Network, statistics: Statistics, feeds: dict[s
         assert relative_error(found.input_factor, expected["A"]) < TOLERANCE, name
         assert relative_error(found.mean, expected["mean"]) < TOLERANCE, name
         assert relative_error(found.output_factor, expected["G"]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("length", ["t", 7])
+def test_all_tokens_of_sequences_of_any_length_count(length) -> None:
+    """Of those of one length as many as are cheap."""
+    b = Builder()
+    hidden = b.op("Relu", b.matmul("x", 12, 40))
+    network = open_network(b.model(["n", length, 12], b.matmul(hidden, 40, 3)))
+    feeds = {"x": weights(6, 7, 12)}
+    statistics = collected(network, feeds)
+    inside = np.maximum(feeds["x"] @ network.layers[0].weight()[0].T + b.constants["k1"], 0).reshape(-1, 40)
+    wanted = inside.T @ inside / 6
+    exact = relative_error(statistics.layers["MatMul3"].input_factor[0], wanted) < TOLERANCE
+    assert exact is (length == "t")
+    if length == "t":
+        assert_factors_agree(network, statistics, feeds)
 
 
 @pytest.mark.usefixtures("all_positions")
