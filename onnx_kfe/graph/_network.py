@@ -96,11 +96,7 @@ class Network:
 
     def reweighed(self, model: ir.Model) -> Network:
         """The network of a model with the same nodes and other weights."""
-        reasons = {layer.name: layer.reason for layer in self.layers}
-        layers = [
-            dataclasses.replace(layer, reason=reasons.get(layer.name, layer.reason))
-            for layer in find_layers(model, self.input_shapes)
-        ]
+        layers = _left_out(find_layers(model, self.input_shapes), self.unselected)
         return dataclasses.replace(self, model=model, layers=layers)
 
     def with_input_shapes(self, input_shapes: Mapping[str, Sequence[int]]) -> Network:

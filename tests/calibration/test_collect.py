@@ -266,6 +266,45 @@ def test_several_passes_give_exactly_what_one_does(name: str, monkeypatch: pytes
         assert seen.coherence == expected.coherence
 
 
+@pytest.mark.parametrize("make", [pyramid, stacked])
+def test_nodes_that_share_a_weight_stay_in_one_pass(
+    make: Callable[[], onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
+):
+    """As many layers as fit a pass: a float64 sum of each, and a float32 addend of each of its nodes."""
+    model = make()
+    network, feeds = open_network(model), samples(model, 12)
+    whole = collected(network, feeds, threads=1)
+    needed = {
+        layer.name: (8 + 4 * len(layer.uses)) * (seen.input_second_moment.size + seen.cotangent_second_moment.size)
+        for layer in network.prunable
+        if (seen := whole.layers[layer.name])
+    }
+    passes: list[list[str]] = []
+
+    def part(self: Instrumented, probes: list[Probe]) -> ir.Model:
+        passes.append([probe.layer.name for probe in probes])
+        return original(self, probes)
+
+    original = Instrumented.part
+    monkeypatch.setattr(Instrumented, "part", part)
+    memory = max(needed.values())
+    found = collected(network, feeds, threads=1, memory=memory)
+
+    assert len(passes) >= 2
+    owners = network.twins
+    for names in passes:
+        layers = {owners.get(name, name) for name in names}
+        assert names == [use.name for layer in network.prunable if layer.name in layers for use in layer.uses]
+        assert sum(needed[name] for name in layers) <= memory
+    for name, expected in whole.layers.items():
+        seen = found.layers[name]
+        for key in ("input_second_moment", "input_sum", "cotangent_second_moment", "saliency_sum"):
+            np.testing.assert_array_equal(getattr(seen, key), getattr(expected, key), err_msg=f"{name}: {key}")
+        assert (seen.positions, seen.samples, seen.coherence) == (
+            expected.positions, expected.samples, expected.coherence,
+        )  # fmt: skip
+
+
 def test_models_that_no_protobuf_holds_are_collected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     encoder(tmp_path / "encoder.onnx", layers=1, width=160, inner=320, heads=4, vocabulary=10, tokens=6)
     feeds = {"tokens": np.random.default_rng(0).integers(0, 10, (8, 6))}

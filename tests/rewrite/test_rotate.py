@@ -14,13 +14,14 @@ import pytest
 
 import onnx_kfe as kfe
 from onnx_kfe.errors import KfeError, UsageError
-from onnx_kfe.graph import Network, find_groups, open_network
+from onnx_kfe.graph import Network, count_parameters, find_groups, find_products, open_network
 from onnx_kfe.planning import Plan, network_cost
 from onnx_kfe.rewrite import narrow, rotate
 from tests.cases import load_case
 from tests.graph.groups.test_products import DECLINED, TOKENS, attend, attention, split_up
 from tests.planning.problems import statistics_of
 from tests.rewrite.test_channels import feeds_of
+from tests.tied import siamese
 from tests.tiny import run, weights
 from tests.topologies import IMAGE, TOPOLOGIES, Builder
 
@@ -195,3 +196,30 @@ def test_it_is_refitted_towards_the_rotated_model() -> None:
         for refit in (False, True)
     )
     assert 1e-6 * wanted.var() < refitted < once < 0.1 * wanted.var()
+
+
+def test_heads_of_a_block_that_runs_twice_stay_as_they_are() -> None:
+    """A basis of one node would part its weight from the other's; those of the last block are its own."""
+    b = Builder()
+    shared = [b.weight(12, 15) for _ in range(3)], b.weight(15, 12)
+    own = [b.weight(12, 15) for _ in range(3)], b.weight(15, 12)
+    x = "x"
+    for inner, outer in (shared, shared, own):
+        x = b.op("MatMul", attend(b, *(split_up(b, b.op("MatMul", x, weight)) for weight in inner)), outer)
+    network = open_network(b.model(TOKENS, x))
+    rotated = rotate(network, statistics_of(network)).network
+    tied = {use.name for layer in network.prunable if layer.twins for use in layer.uses}
+    assert len(tied) == 8
+    assert len(changed(network, rotated)) == 4
+    assert not changed(network, rotated) & tied
+    assert rotated.twins == network.twins
+    assert count_parameters(rotated.model) == count_parameters(network.model)
+    declined = find_products(network, find_groups(network)).declined
+    assert declined == dict.fromkeys(["MatMul0", "MatMul6"], "2 nodes share the weight that computes it")
+
+
+def test_layers_left_out_with_all_their_nodes_are_left_out_once_rotated() -> None:
+    network = open_network(siamese(), exclude=["q/first"])
+    again = network.reweighed(network.model.clone())
+    assert again.unselected == network.unselected
+    assert [layer.uses for layer in again.layers] == [layer.uses for layer in network.layers]

@@ -56,7 +56,7 @@ def find_products(network: Network, groups: ChannelGroups) -> Products:
     Query and key: two layers whose channels are summed over in a MatMul. Value and output: a layer that computes
     channels and one that reads them, positions mixed in between or not. On the way there may be a bias right behind a
     MatMul, numbers that scale everything, and what moves elements. Rotary positions, normalisation of queries or keys,
-    activations, and heads that share keys decline.
+    activations, and heads that share keys decline, as do layers of which several nodes share the weight.
 
     Args:
         network: The network.

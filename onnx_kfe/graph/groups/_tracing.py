@@ -83,6 +83,8 @@ class Tracing:
             axis, shape = _channel_axis(node), self._shapes[layer.output]
             along = labels.reshape([-1 if n == axis % len(shape) else 1 for n in range(len(shape))])
             self._assign(node.outputs[0], np.broadcast_to(along, shape))
+            if layer.twins:
+                self._stop(labels, f"{len(layer.uses)} nodes share the weight that computes it")
 
     def _assign(self, value: ir.Value, labels: Ids) -> None:
         self._labels[value] = labels
@@ -193,7 +195,7 @@ class Tracing:
     def _read(self, node: ir.Node, labels: Ids | None) -> None:
         """A layer sums over channels; those of one head are together in its weight's columns, wherever they are."""
         layer = self._layers.get(node.name or "")
-        if labels is None or layer is None or layer.geometry is None or layer.geometry.taps != 1:
+        if labels is None or layer is None or layer.geometry is None or layer.geometry.taps != 1 or layer.twins:
             raise Declined("is no layer that can be changed, or its kernel is wide")
         columns = np.moveaxis(labels, _channel_axis(node), -1).reshape(-1, layer.geometry.in_channels)
         heads = self._heads[columns[0]]
