@@ -35,7 +35,7 @@ def load(source: ModelSource) -> ir.Model:
     """
     name = source_name(source)
     if isinstance(source, ir.Model):
-        return _checked(source.clone(), name)
+        return _checked(_with_own_names(source.clone()), name)
     if isinstance(source, onnx.ModelProto):
         return _checked(_from_proto(source, name), name)
     path = Path(source)
@@ -53,10 +53,33 @@ def load(source: ModelSource) -> ir.Model:
 def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     if not proto.opset_import or not proto.graph.node:
         raise KfeError(f"{name}: not an ONNX model (no operator set or no nodes in it)")
+    if proto.graph.sparse_initializer:
+        raise KfeError(f"{name}: sparse initializers are not supported; make them dense")
     try:
-        return ir.from_proto(proto)
+        return _with_own_names(ir.from_proto(proto))
     except Exception as error:
-        raise KfeError(f"{name}: not a valid ONNX model ({str(error).splitlines()[0]})") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outer ones say where, in terms of another library
+            cause = cause.__cause__
+        raise KfeError(f"{name}: cannot be read as an ONNX model ({str(cause).splitlines()[0]})") from error
+
+
+def _with_own_names(model: ir.Model) -> ir.Model:
+    """Constants that can be renamed without renaming them in the message that they were read from."""
+    for value in model.graph.initializers.values():
+        value.const_value = _with_own_name(value.const_value)
+    for node in (node for graph in (model.graph, *model.functions.values()) for node in graph):
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                tensor = _with_own_name(attribute.as_tensor())
+                node.attributes[attribute.name] = ir.Attr(attribute.name, ir.AttributeType.TENSOR, tensor)
+    return model
+
+
+def _with_own_name(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+    if not isinstance(tensor, ir.serde.TensorProtoTensor):
+        return tensor
+    return ir.LazyTensor(lambda: tensor, tensor.dtype, tensor.shape, name=tensor.name, doc_string=tensor.doc_string)
 
 
 def _checked(model: ir.Model, name: str) -> ir.Model:
@@ -130,7 +153,8 @@ def _digest_attribute(digest: hashlib._Hash, attribute: ir.Attr) -> None:
 
 def _digest_tensor(digest: hashlib._Hash, name: str, tensor: ir.TensorProtocol) -> None:
     digest.update(repr((name, tensor.dtype.name, tuple(tensor.shape))).encode())
-    digest.update(tensor.tobytes())
+    texts = tensor.dtype == ir.DataType.STRING
+    digest.update(repr(tensor.numpy().tolist()).encode() if texts else tensor.tobytes())
 
 
 def _names(values: Iterable[ir.Value | None]) -> list[str | None]:

@@ -52,6 +52,33 @@ def test_the_given_model_is_never_modified():
     assert (proto.SerializeToString(), serialized(given)) == before
 
 
+def test_constants_that_are_renamed_keep_their_names_in_the_given_model():
+    proto = small()
+    proto.graph.node.insert(0, node("Constant", [], ["c"], value=numpy_helper.from_array(weights(1), "c")))
+    before = proto.SerializeToString()
+    for given in (proto, ir.from_proto(proto)):
+        model = load(given)
+        model.graph.initializers["w"].name = "changed"
+        model.graph[0].attributes["value"].as_tensor().name = "changed"
+        assert proto.SerializeToString() == before
+        names = [tensor.name for tensor in ir.to_proto(model).graph.initializer]
+        assert names == ["changed"]
+
+
+def test_sparse_constants_are_refused_with_the_reason():
+    values, places = numpy_helper.from_array(weights(1), "w"), numpy_helper.from_array(np.array([2]), "places")
+    sparse = onnx.helper.make_sparse_tensor(values, places, [3])
+    constant = tiny([node("Constant", [], ["y"], sparse_value=sparse)], {}, {"y": [3]})
+    with pytest.raises(
+        KfeError, match=r"the model: cannot be read as an ONNX model .*Sparse tensors are not supported"
+    ):
+        load(constant)
+    initializer = tiny([node("Relu", ["w"], ["y"])], {}, {"y": [3]})
+    initializer.graph.sparse_initializer.append(sparse)
+    with pytest.raises(KfeError, match="the model: sparse initializers are not supported; make them dense"):
+        load(initializer)
+
+
 def test_external_data_are_found_beside_the_model(tmp_path, monkeypatch):
     path = add_external_data(small(), str(tmp_path / "m.onnx"))
     model = load(path)
@@ -210,6 +237,15 @@ def test_fingerprint_reads_constants_and_bodies_in_full():
     changed[2500] += 1e-3
     assert fingerprint(load(constant(array))) == fingerprint(load(constant(array)))
     assert fingerprint(load(constant(array))) != fingerprint(load(constant(changed)))
+
+
+def test_fingerprint_reads_texts():
+    def model(text: str) -> onnx.ModelProto:
+        made = tiny([node("Identity", ["t"], ["y"])], {}, {"y": [2]}, {"t": np.array(["ä", text], object)})
+        made.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.STRING
+        return made
+
+    assert fingerprint(load(model("b"))) == fingerprint(load(model("b"))) != fingerprint(load(model("c")))
 
 
 def test_the_output_must_not_be_an_input(path, tmp_path, monkeypatch):
