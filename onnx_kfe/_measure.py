@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import onnx_ir as ir
 
 from onnx_kfe import calibration, evaluation
+from onnx_kfe._executable import executable
 from onnx_kfe.calibration import (
     Batch,
     Dataset,
@@ -84,8 +85,8 @@ def evaluate(
     )
     shown.note(dataset.describe())
     quality = _evaluate(
-        _runnable(model),
-        None if reference is None else _runnable(reference),
+        _runnable(model, providers),
+        None if reference is None else _runnable(reference, providers),
         network,
         dataset,
         head_specs(calibration.find_heads(network, heads)),
@@ -149,8 +150,8 @@ def measure_quality(
     progress: Progress,
 ) -> Quality:
     """Quality of a smaller model against the original."""
-    models = serialize(smaller), serialize(network.original)
-    return _evaluate(*models, network, dataset, heads, machine.providers, machine.threads, progress)
+    models = [serialize(executable(model, machine.providers)) for model in (smaller, network.original)]
+    return _evaluate(models[0], models[1], network, dataset, heads, machine.providers, machine.threads, progress)
 
 
 def measure_latency(
@@ -160,7 +161,12 @@ def measure_latency(
     machine: Machine,
     progress: Progress,
 ) -> list[Timing]:
-    """Timings of the original and of a smaller model on samples of the data."""
+    """Timings of the original and of a smaller model on samples of the data; none where they cannot be run here."""
+    if executable(network.original, machine.providers) is not network.original:
+        progress.note(
+            "ONNX Runtime lacks kernels for the model's element type: no latency, quality in single precision"
+        )
+        return []
     models = {"original": serialize(network.original), "pruned": serialize(smaller)}
     batch = _first_batch(dataset, input_specs(network.model), machine.batch)
     with progress.stage("measuring latency"):
@@ -232,7 +238,8 @@ def _first_batch(dataset: Dataset, specs: Sequence[calibration.InputSpec], size:
     return first
 
 
-def _runnable(model: ModelSource) -> bytes | str:
+def _runnable(model: ModelSource, providers: Sequence[str]) -> bytes | str:
     """What ONNX Runtime loads; a path stays a path, so that models over 2 GiB can be run too."""
     loaded = load(model)  # for the clear errors
-    return os.fspath(model) if isinstance(model, str | os.PathLike) else serialize(loaded)
+    found = executable(loaded, providers)
+    return os.fspath(model) if found is loaded and isinstance(model, str | os.PathLike) else serialize(found)

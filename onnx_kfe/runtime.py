@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from onnx_kfe.errors import KfeError, UsageError
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["create_session", "default_threads", "import_onnxruntime", "reason", "share_threads"]
+__all__ = ["create_session", "default_threads", "feeds_for", "import_onnxruntime", "reason", "share_threads"]
 
 _FATAL_ONLY = 4  # what else ONNX Runtime would log comes as an exception too
 _PREFIX = re.compile(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )?")
@@ -95,6 +97,21 @@ def create_session(
         return runtime.InferenceSession(source, options, providers=list(providers) or ["CPUExecutionProvider"])
     except Exception as error:
         raise KfeError(f"ONNX Runtime cannot load the model: {reason(error)}") from error
+
+
+def feeds_for(session: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a session takes of some arrays, in single precision where it is that of a copy of the model.
+
+    Args:
+        session: The session.
+        arrays: Arrays by input name, in the element types of the original.
+    """
+    return {
+        value.name: arrays[value.name].astype(np.float32, copy=False)
+        if value.type == "tensor(float)"
+        else arrays[value.name]
+        for value in session.get_inputs()
+    }
 
 
 def reason(error: Exception) -> str:

@@ -11,7 +11,7 @@ from onnx_kfe.calibration._batches import Batch
 from onnx_kfe.calibration._heads import Head
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import serialize
-from onnx_kfe.runtime import create_session
+from onnx_kfe.runtime import create_session, feeds_for
 
 __all__ = ["Forward"]
 
@@ -46,9 +46,8 @@ class Forward:
         Raises:
             KfeError: ONNX Runtime fails on the batch.
         """
-        wanted = {value.name for value in self._session.get_inputs()}
         try:
-            values = self._session.run(self._sources, {k: v for k, v in batch.feeds.items() if k in wanted})
+            values = self._session.run(self._sources, feeds_for(self._session, batch.feeds))
         except Exception as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.feeds.items())
             raise KfeError(f"the model fails on {shapes}: {str(error).strip().splitlines()[0]}") from error

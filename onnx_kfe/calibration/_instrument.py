@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_kfe.autodiff import Emitter, append_gradients
 from onnx_kfe.calibration._coherence import emit_position_means
@@ -16,7 +15,7 @@ from onnx_kfe.calibration._gradients import emit_gate_gradients
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs, features_last
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Layer, Network, serialize
+from onnx_kfe.graph import Layer, Network, in_single_precision, infer_shapes, serialize
 
 __all__ = [
     "PHASE_INPUT",
@@ -95,20 +94,24 @@ def noise_input(head: Head) -> str:
 
 
 def differentiable_copy(model: ir.Model) -> ir.Model:
-    """A private copy at an opset that the gradient rules are written for, with shapes inferred.
+    """A private copy in single precision at an opset that the gradient rules are written for, with shapes inferred.
 
     Raises:
         KfeError: The model cannot be brought to that opset.
     """
     opset = model.graph.opset_imports.get("", 1)
-    copy = model.clone()
+    copy = in_single_precision(model)
     if opset < _OLDEST_OPSET:
-        proto = onnx.ModelProto.FromString(serialize(model))
+        proto = onnx.ModelProto.FromString(serialize(copy))
         try:
             copy = ir.from_proto(onnx.version_converter.convert_version(proto, _WORKING_OPSET))
         except Exception as error:
             raise KfeError(f"the model's opset {opset} cannot be converted to {_WORKING_OPSET}: {error}") from error
-    return ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy).model
+    for value in copy.graph.outputs:
+        if not value.is_graph_input():
+            value.shape = None  # what is declared may be less than what is known
+    infer_shapes(copy)
+    return copy
 
 
 def find_heads(network: Network, kinds: Mapping[str, str] | None = None) -> list[Head]:
@@ -208,8 +211,6 @@ def _seeds(emit: Emitter, heads: Sequence[Head], values: Mapping[str | None, ir.
     for head in heads:
         source = values[head.source]
         noise = _input(emit.graph, noise_input(head), ir.DataType.FLOAT, source.shape)
-        if source.dtype not in (None, ir.DataType.FLOAT):
-            noise = emit.op("CastLike", noise, source, like=source)
         cotangent = HEAD_KINDS[head.kind](emit, source, noise, head)
         seeds[source] = emit.op("Add", seeds[source], cotangent, like=source) if source in seeds else cotangent
     return seeds

@@ -17,7 +17,7 @@ from onnx_kfe.calibration._inputs import InputSpec, fixed_batch
 from onnx_kfe.calibration._instrument import PHASE_INPUT, activation_bytes, noise_input
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Network, concrete_shapes, nominal_input_shapes
-from onnx_kfe.runtime import create_session
+from onnx_kfe.runtime import create_session, feeds_for
 
 __all__ = ["ACTIVATION_BUDGET", "Progress", "batch_size", "blocks", "input_specs", "run_pass"]
 
@@ -113,8 +113,7 @@ def _feeds(
     noise = {noise_input(head): np.concatenate([row[place] for row in drawn]) for place, head in enumerate(heads)}
     first = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64))).integers(0, 2**20, 3)
     phase = first + block  # successive batches take successive rows, so that all are taken equally often
-    feeds = {**batch.feeds, **noise, PHASE_INPUT: phase}
-    return {value.name: feeds[value.name] for value in session.get_inputs()}
+    return feeds_for(session, {**batch.feeds, **noise, PHASE_INPUT: phase})
 
 
 def _run(session: Any, names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -22,7 +22,8 @@ from onnx_kfe.graph._layers import (
 )
 from onnx_kfe.graph._network import Network, open_network
 from onnx_kfe.graph._normalize import normalize
-from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
+from onnx_kfe.graph._precision import in_single_precision
+from onnx_kfe.graph._shapes import concrete_shapes, infer_shapes, nominal_input_shapes
 from onnx_kfe.graph.groups import ChannelGroup, ChannelGroups, LayerCut, Member, find_groups
 
 __all__ = [
@@ -45,6 +46,8 @@ __all__ = [
     "find_junction",
     "find_layers",
     "fingerprint",
+    "in_single_precision",
+    "infer_shapes",
     "initializer_array",
     "load",
     "nominal_input_shapes",

@@ -10,9 +10,10 @@ import onnx
 import onnx_ir as ir
 
 from onnx_kfe.errors import UsageError
-from onnx_kfe.runtime import create_session
+from onnx_kfe.graph._precision import in_single_precision
+from onnx_kfe.runtime import create_session, feeds_for
 
-__all__ = ["concrete_shapes", "nominal_input_shapes"]
+__all__ = ["concrete_shapes", "infer_shapes", "nominal_input_shapes"]
 
 _NOMINAL_IMAGE = 224
 _NOMINAL_SEQUENCE = 128
@@ -34,7 +35,7 @@ def nominal_input_shapes(
     given = dict(input_shapes or {})
     shapes: dict[str, tuple[int, ...]] = {}
     for value in model.graph.inputs:
-        if value.is_initializer() or value.shape is None:
+        if value.is_initializer() or value.shape is None or not isinstance(value.type, ir.TensorType):
             continue
         declared = list(value.shape)
         name = value.name or ""
@@ -76,8 +77,10 @@ def concrete_shapes(model: ir.Model, input_shapes: Mapping[str, Sequence[int]]) 
             for dim, size in zip(dims, input_shapes[info.name], strict=True):
                 dim.dim_value = size
     del proto.graph.value_info[:]
+    inputs = {info.name for info in proto.graph.input}
     for info in proto.graph.output:
-        info.type.tensor_type.ClearField("shape")
+        if info.name not in inputs:
+            info.type.tensor_type.ClearField("shape")
     with contextlib.suppress(Exception):
         proto = onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
     shapes = _known_shapes(proto)
@@ -88,17 +91,42 @@ def concrete_shapes(model: ir.Model, input_shapes: Mapping[str, Sequence[int]]) 
     return shapes
 
 
+def infer_shapes(model: ir.Model) -> None:
+    """Infer types and shapes of the values of the main graph, in place, as far as ONNX can.
+
+    Bodies are not touched, and outputs of the graph keep the shapes that they are declared with.
+    """
+    with contextlib.suppress(Exception):  # shapes are a help, not a precondition
+        _declare_convolutions(model.graph)
+        proto = onnx.shape_inference.infer_shapes(_without_weights(model), strict_mode=False, data_prop=True)
+        found = {info.name: info.type for info in (*proto.graph.value_info, *proto.graph.output)}
+        for value in (output for node in model.graph for output in node.outputs if output.name in found):
+            shape = ir.serde.deserialize_type_proto_for_shape(found[value.name])
+            value.type = ir.serde.deserialize_type_proto_for_type(found[value.name]) or value.type
+            if shape is not None and (value.shape is None or not value.is_graph_output()):
+                value.shape = shape
+
+
+def _declare_convolutions(graph: ir.Graph) -> None:
+    """Give what convolutions read and write the rank that it must have, for what comes behind unknown shapes."""
+    for node in graph:
+        if node.op_type == "Conv" and not node.domain and (weight := node.inputs[1]) and weight.shape is not None:
+            for value in (node.inputs[0], node.outputs[0]):
+                if value is not None and value.shape is None:
+                    value.shape, value.type = ir.Shape([None] * len(weight.shape)), value.type or weight.type
+
+
 def _run_shapes(
     model: ir.Model, input_shapes: Mapping[str, Sequence[int]], names: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
     """The shapes that values have when the model is run, whatever arithmetic of the graph decides them."""
-    proto = ir.to_proto(model)
+    proto = ir.to_proto(in_single_precision(model))
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = create_session(proto.SerializeToString(), threads=1, optimize=False)
     types = {value.name: value.dtype or ir.DataType.FLOAT for value in model.graph.inputs}
     feeds = {name: np.zeros(shape, types[name].numpy()) for name, shape in input_shapes.items()}
-    found = zip(names, session.run(list(names), feeds), strict=True)
+    found = zip(names, session.run(list(names), feeds_for(session, feeds)), strict=True)
     return {name: array.shape for name, array in found if isinstance(array, np.ndarray) and array.size}
 
 
