@@ -173,9 +173,12 @@ def _provenance(network: Network, plan: Plan, statistics: Statistics | None) -> 
 
 def _check(model: ir.Model, name: str) -> None:
     try:
-        serialized = serialize(model)
+        proto = onnx.ModelProto.FromString(serialize(model))
     except KfeError:
         return  # over 2 GiB: checked by whoever loads it, the checker needs the model in one message
+    for info in proto.graph.output:  # ONNX Runtime does without shapes of outputs, the checker does not
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(proto)
     except Exception as error:
