@@ -79,6 +79,8 @@ class Forward:
 
 def _deviation(moments: np.ndarray) -> float:
     count, total, squares = moments
+    if count == 0:  # an output without elements
+        return 1.0
     deviation = float(np.sqrt(max(squares / count - (total / count) ** 2, 0.0)))
     return deviation if deviation > 0 else 1.0
 

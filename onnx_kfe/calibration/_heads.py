@@ -102,7 +102,7 @@ def detect_heads(graph: ir.Graph, kinds: Mapping[str, str] | None = None) -> lis
     """The heads of a graph of opset 13 or later, detected or as the user says.
 
     An output behind Softmax or LogSoftmax is categorical, behind Sigmoid Bernoulli, a matrix named like logits
-    categorical, anything else Gaussian. Integer outputs carry no gradient and are left out.
+    categorical, anything else Gaussian. Outputs that are integers or no tensors carry no gradient and are left out.
 
     Args:
         graph: The graph.
@@ -123,7 +123,7 @@ def detect_heads(graph: ir.Graph, kinds: Mapping[str, str] | None = None) -> lis
     for value in graph.outputs:
         name = value.name or ""
         producer = value.producer()
-        if producer is None or kinds.get(name) == "none" or (value.dtype is not None and value.dtype not in _FLOATS):
+        if producer is None or kinds.get(name) == "none" or not _carries_gradient(value):
             continue
         heads.append(_head(value, kinds.get(name)))
     if not heads:
@@ -131,6 +131,11 @@ def detect_heads(graph: ir.Graph, kinds: Mapping[str, str] | None = None) -> lis
             f"no output can carry a loss (outputs: {', '.join(names)}): no floating-point output computed in the graph"
         )
     return heads
+
+
+def _carries_gradient(value: ir.Value) -> bool:
+    """Whether a value is a tensor of floating-point numbers, or nothing is known of it."""
+    return value.type is None or (isinstance(value.type, ir.TensorType) and value.dtype in _FLOATS)
 
 
 def _head(value: ir.Value, kind: str | None) -> Head:
