@@ -28,13 +28,23 @@ Progress = Callable[[int], None]
 
 
 def input_specs(model: ir.Model) -> list[InputSpec]:
-    """What the model takes, as the data readers want it."""
+    """What the model takes, as the data readers want it.
+
+    Raises:
+        KfeError: An input is no tensor, or of unknown rank.
+    """
     specs = []
     for value in model.graph.inputs:
-        if value.is_initializer() or value.dtype is None:
+        if value.is_initializer():
             continue
-        shape = tuple(size if isinstance(size, int) else size.value for size in value.shape or ())
-        specs.append(InputSpec(value.name or "", np.dtype(value.dtype.numpy()), shape))
+        if not isinstance(value.type, ir.TensorType):
+            raise KfeError(
+                f"input '{value.name}' is no tensor: a model with sequences or optionals as inputs can't be fed"
+            )
+        if value.shape is None:
+            raise KfeError(f"input '{value.name}' has no declared shape: declare one, with names for free axes")
+        shape = tuple(size if isinstance(size, int) else size.value for size in value.shape)
+        specs.append(InputSpec(value.name or "", np.dtype(value.type.dtype.numpy()), shape))
     return specs
 
 

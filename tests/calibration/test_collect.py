@@ -18,6 +18,7 @@ from onnx_kfe.graph import Network, open_network, serialize
 from onnx_kfe.kfe import predicted_loss
 from onnx_kfe.runtime import create_session
 from tests.cases import INPUT, load_case
+from tests.tiny import node, tiny, weights
 from tools.torch_oracle import Noise, Output, TorchOracle, relative_error
 
 TOLERANCE = 1e-4
@@ -314,6 +315,31 @@ def test_gaussian_heads_are_measured_in_their_own_deviation():
     (head,) = collected(network, feeds).heads
     outputs = feeds["x"].astype(np.float64) @ network.prunable[0].weight()[0].T
     assert head.scale == pytest.approx(outputs.std(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_output_without_elements_has_no_deviation():
+    constants = {"w": np.eye(4, 3, dtype=np.float32), "zero": np.array([0]), "one": np.array([1])}
+    nodes = [node("MatMul", ["x", "w"], ["y"]), node("Slice", ["y", "zero", "zero", "one"], ["nothing"])]
+    model = tiny(nodes, {"x": ["n", 4]}, {"y": ["n", 3], "nothing": ["n", 0]}, constants)
+    statistics = collected(open_network(model), {"x": weights(20, 4)})
+    assert {head.output: head.scale for head in statistics.heads}["nothing"] == 1.0
+    assert len(statistics.layers) == 1
+
+
+def test_inputs_that_cannot_be_fed_are_named():
+    model = parser.parse_model(
+        """
+    <ir_version: 8, opset_import: ["" : 17]>
+    agraph (float[N, 4] x, seq(float[N, 4]) s) => (float[N, 4] y) { y = Relu(x) }
+    """
+    )
+    with pytest.raises(KfeError, match="input 's' is no tensor"):
+        specs_of(open_network(model).model)
+    del model.graph.input[1]
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(KfeError, match="input 'x' has no declared shape: declare one"):
+        specs_of(open_network(model).model)
 
 
 def test_predicted_loss_converges_to_the_true_fisher():
