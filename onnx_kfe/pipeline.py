@@ -15,7 +15,7 @@ from onnx_kfe._floor import check_floor
 from onnx_kfe._frontier import Point, sweep
 from onnx_kfe._latency_goal import Stadium
 from onnx_kfe._measure import Machine, benchmark, evaluate, head_specs, measure_quality, note_skipped
-from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, divide
+from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, at_shapes_of, divide
 from onnx_kfe._recipe import CURVATURES, Recipe, make_plan
 from onnx_kfe.calibration import (
     Dataset,
@@ -113,6 +113,7 @@ def collect(
     network = inspect(model)
     dataset = open_dataset(cast(DataSource, data), input_specs(network.model), images=images, max_samples=max_samples)
     shown.note(dataset.describe())
+    network = at_shapes_of(network, dataset)
     statistics = _prune.collect(network, dataset, heads, seed, shard, Machine(providers, threads), shown, curvature)
     note_skipped(dataset, shown)
     return statistics
@@ -304,8 +305,6 @@ def prune(
     _check_together(recipe, method, data, plan, max_drop, evaluations)
     shown = progress or Progress()
     network = inspect(model)
-    if not network.prunable:
-        raise BudgetError(f"{network.name}: no layer can be pruned; onnx-kfe inspect says why")
 
     def opened(source: DataSource | Dataset | None) -> Dataset | None:
         if source is None:
@@ -318,7 +317,11 @@ def prune(
     if isinstance(data, Statistics):
         data, statistics = None, data
     test = opened(evaluation_data)
-    samples = divide(opened(data), test, floor=max_drop is not None, training=epochs > 0)
+    dataset = opened(data)
+    network = at_shapes_of(network, dataset) if statistics is None else at_seen_shapes(network, statistics)
+    if not network.prunable:
+        raise BudgetError(f"{network.name}: no layer can be pruned; onnx-kfe inspect says why")
+    samples = divide(dataset, test, floor=max_drop is not None, training=epochs > 0)
     machine = Machine(providers, threads, batch)
     recovery = Recovery(refit, memory, None if checkpoint is None else Path(checkpoint))
     run = Pruning(network, model, samples, statistics, heads, machine, recovery, recipe, seed, shown)
