@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_kfe.graph._bodies import bodies
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 
 __all__ = ["Geometry", "Layer", "count_macs", "count_parameters", "find_layers", "initializer_array", "weight_place"]
@@ -174,9 +175,7 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
         geometry = _geometry(node, shapes, batch)
         reason = _reason(node, geometry, model.graph)
         x, y = node.inputs[1 - weight_place(node)], node.outputs[0]
-        layers.append(
-            Layer(node.name or "", node.op_type, (x.name if x else "") or "", y.name or "", geometry, reason, node)
-        )
+        layers.append(Layer(name, node.op_type, (x.name if x else "") or "", y.name or "", geometry, reason, node))
     return layers
 
 
@@ -185,6 +184,16 @@ def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | N
     if node.graph is not main:
         return "inside the body of a control-flow operator"
     if weight is None or weight.const_value is None:
+def _named_nodes(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
+    """All nodes with a name for each: that of those in bodies, which others may have too, behind the operator's."""
+    for node in graph:
+        name = node.name or ""
+        yield name, node
+        for attribute, body in bodies(node).items():
+            for place, (inner_name, inner) in enumerate(_named_nodes(body)):
+                yield f"{name}/{attribute}/{inner_name or place}", inner
+
+
         left = node.inputs[0]
         return (
             "the constant is the left operand"

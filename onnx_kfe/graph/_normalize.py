@@ -1,8 +1,8 @@
 """Bring a model into the form that every later step assumes, without changing what it computes.
 
 BatchNormalization is folded, constants are initializers, weights pass through no Identity, Transpose, Reshape or Cast,
-every node has a unique name, initializers are no graph inputs, and shapes are inferred with their symbolic dimensions
-kept.
+every node has a unique name, initializers are no graph inputs, functions are inlined, and shapes are inferred with
+their symbolic dimensions kept. Bodies of control-flow operators stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnx_kfe.errors import KfeError
+from onnx_kfe.graph._bodies import bodies, seal, unseal
 from onnx_kfe.graph._io import serialize
+from onnx_kfe.graph._shapes import infer_shapes
 
 __all__ = ["normalize"]
 
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 # user knows; sharing equal initializers would tie layers together that only happen to start alike.
 _SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv", "eliminate_duplicate_initializer"]
 _FOLDING_LIMIT = 2**28  # bytes of a constant, transposed weights among them
+_ROUNDS = 2  # of folding, which makes room for rewriting and the other way round
 
 
 def normalize(model: ir.Model) -> ir.Model:
@@ -35,23 +38,49 @@ def normalize(model: ir.Model) -> ir.Model:
         KfeError: The model is quantised: prune first, then quantise.
     """
     _reject_quantized(model)
-    named = model.clone()
+    named = _without_functions(model.clone())
     _name_nodes(named.graph)  # before onnxsim numbers the nodes without a name
     simplified = _simplify(named)
+    # With a condition that is constant an If vanishes; where one stays, it is all done again without its bodies.
+    sealed = seal(named, [node.name for node in simplified.graph if bodies(node)])
+    if sealed:
+        simplified = _simplify(named)
     passes = ir.passes.Sequential(
-        common.InlinePass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.RemoveInitializersFromInputsPass(),
-        common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
     )
     simplified = passes(simplified).model
+    _eliminate_identities(simplified.graph)
+    unseal(simplified, sealed)
     _name_nodes(simplified.graph)
     _restore_interface(simplified, model)
-    with contextlib.suppress(Exception):  # shapes are a help, not a precondition
-        simplified = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(simplified).model
+    infer_shapes(simplified)
     return simplified
+
+
+def _without_functions(model: ir.Model) -> ir.Model:
+    try:
+        inlined = common.InlinePass()(model).model
+    except Exception as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise KfeError(f"the functions of the model cannot be inlined: {reason}") from error
+    inlined.functions.clear()
+    return inlined
+
+
+def _eliminate_identities(graph: ir.Graph) -> None:
+    """Remove Identity but where an output of the graph would be an input, a constant or another output."""
+    for node in [node for node in graph if node.op_type == "Identity" and not node.domain]:
+        value, output = node.inputs[0], node.outputs[0]
+        assert value is not None
+        if output.is_graph_output():
+            if value.producer() is None or value.is_graph_output():
+                continue
+            value.name, value.type, value.shape = output.name, output.type, output.shape
+        ir.convenience.replace_all_uses_with(output, value, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
 
 def _reject_quantized(model: ir.Model) -> None:
@@ -76,23 +105,37 @@ def _simplify(model: ir.Model) -> ir.Model:
         except Exception as error:
             logger.info("onnxsim could not simplify the model (%s); onnxscript's optimizer is used", error)
     try:
-        import onnxscript.optimizer
-
-        copy = model.clone()
-        limit = _FOLDING_LIMIT // 4  # elements
-        onnxscript.optimizer.optimize_ir(copy, input_size_limit=limit, output_size_limit=limit)
-        return copy
+        return _simplify_in_memory(model.clone())
     except Exception as error:
         logger.info("onnxscript could not optimize the model (%s); it is used as it is", error)
-        return model
+        return model.clone()
+
+
+def _simplify_in_memory(model: ir.Model) -> ir.Model:
+    """Onnxscript's folding and rewriting, in place; not all of its optimizer, which merges equal initializers."""
+    import onnxscript.optimizer
+    import onnxscript.rewriter
+
+    limit = _FOLDING_LIMIT // 4  # elements
+    for _ in range(_ROUNDS):
+        onnxscript.optimizer.fold_constants_ir(
+            model, onnx_shape_inference=True, input_size_limit=limit, output_size_limit=limit, should_fold=_may_fold
+        )
+        model = onnxscript.rewriter.rewrite(model)
+    return model
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """None for the default: texts would be folded to what cannot be written."""
+    values = [value for value in (*node.inputs, *node.outputs) if value is not None]
+    return False if any(value.dtype == ir.DataType.STRING for value in values) else None
 
 
 def _name_nodes(graph: ir.Graph) -> None:
     """Layers are known by node name across files, so every node gets a stable, unique one; names that are keep."""
-    nodes = list(graph.all_nodes())
-    taken = {node.name for node in nodes if node.name}
+    taken = {node.name for node in graph.all_nodes() if node.name}
     seen: set[str] = set()
-    for node in nodes:
+    for node in graph:
         if not node.name or node.name in seen:
             output = next((value.name for value in node.outputs if value.name), "node")
             node.name = _unique(f"{node.op_type}_{output}", taken)
