@@ -16,6 +16,7 @@ from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 __all__ = ["Geometry", "Layer", "count_macs", "count_parameters", "find_layers", "initializer_array", "weight_place"]
 
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_RECURRENT = ("LSTM", "GRU", "RNN")
 _LARGEST_PATCH = 12_288  # whose covariance takes 1.2 GB in double precision, several times while it is decomposed
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 Array = npt.NDArray[np.float64]
@@ -78,7 +79,7 @@ class Layer:
 
     Attributes:
         name: Node name, unique in a normalised graph.
-        op_type: Conv, ConvTranspose, Gemm or MatMul.
+        op_type: Conv, ConvTranspose, Gemm or MatMul, or the recurrent operator whose weight it is.
         input: Name of the value that the layer reads.
         output: Name of the value that the layer writes.
         geometry: Shape and cost; None when the shapes could not be inferred.
@@ -106,7 +107,9 @@ class Layer:
 
     @property
     def parameters(self) -> int:
-        """Elements of weight and bias that are constants of this layer."""
+        """Elements of weight and bias that are constants of this layer; of a recurrent one those of its weight."""
+        if self.op_type in _RECURRENT:
+            return self.geometry.weight_parameters if self.geometry else 0
         return sum(
             math.prod(v.shape.numpy()) for v in self.node.inputs if v is not None and v.is_initializer() and v.shape
         )
@@ -159,7 +162,7 @@ def initializer_array(value: ir.Value | None) -> Array:
 
 
 def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> list[Layer]:
-    """Every linear node of a normalised model, in graph order.
+    """Every linear node of a normalised model, in graph order, and the two weights of every recurrent one.
 
     Args:
         model: A normalised model.
@@ -168,8 +171,10 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
     nominal = nominal_input_shapes(model, input_shapes)
     shapes = concrete_shapes(model, nominal)
     batch = next((shape[0] for shape in nominal.values() if shape), 1)
-    layers = []
-    for node in model.graph.all_nodes():
+    layers: list[Layer] = []
+    for name, node in _named_nodes(model.graph):
+        if node.op_type in _RECURRENT and node.domain == "":
+            layers += _recurrent_layers(name, node, shapes, batch)
         if node.op_type not in _LINEAR or node.domain != "":
             continue
         geometry = _geometry(node, shapes, batch)
@@ -179,11 +184,6 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
     return layers
 
 
-def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | None:
-    weight = node.inputs[weight_place(node)]
-    if node.graph is not main:
-        return "inside the body of a control-flow operator"
-    if weight is None or weight.const_value is None:
 def _named_nodes(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
     """All nodes with a name for each: that of those in bodies, which others may have too, behind the operator's."""
     for node in graph:
@@ -194,6 +194,11 @@ def _named_nodes(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
                 yield f"{name}/{attribute}/{inner_name or place}", inner
 
 
+def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | None:
+    weight = node.inputs[weight_place(node)]
+    if node.graph is not main:
+        return "inside the body of a control-flow operator"
+    if weight is None or weight.const_value is None:
         left = node.inputs[0]
         return (
             "the constant is the left operand"
@@ -263,8 +268,25 @@ def _geometry(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], batch: int) 
     return Geometry(inputs, outputs, kernel, strides, groups, *sizes, total // batch if total % batch == 0 else total)
 
 
+def _recurrent_layers(name: str, node: ir.Node, shapes: Mapping[str, tuple[int, ...]], batch: int) -> Iterator[Layer]:
+    """W, which multiplies inputs, and R, which multiplies states: rows are gates, those of both directions together."""
+    x, w, r = (shapes.get(value.name or "") if value is not None else None for value in node.inputs[:3])
+    geometries: list[Geometry | None] = [None, None]
+    if x and w and r:
+        (directions, gates, inputs), steps = w, math.prod(x[:2]) // batch
+        geometries = [
+            Geometry(inputs, directions * gates, repeats=steps),
+            Geometry(directions * r[2], directions * gates, groups=directions, repeats=steps),
+        ]
+    source, output = node.inputs[0], next((value.name for value in node.outputs if value.name), "")
+    for weight, geometry in zip("WR", geometries, strict=True):
+        yield Layer(
+            f"{name}/{weight}", node.op_type, (source.name if source else "") or "", output, geometry, "recurrent", node
+        )
+
+
 def count_macs(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> int:
-    """Multiply-accumulates of one sample in all convolutions and matrix products, constant weights or not."""
+    """Multiply-accumulates of one sample in all linear and recurrent nodes, constant weights or not."""
     return sum(layer.macs for layer in find_layers(model, input_shapes))
 
 
