@@ -29,6 +29,7 @@ from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.evaluation import HeadSpec, Quality, Timing
 from onnx_kfe.graph import ModelSource, Network, load, open_network, serialize
 from onnx_kfe.progress import Progress
+from onnx_kfe.runtime import Serialized
 
 __all__ = ["Machine", "benchmark", "evaluate", "head_specs", "measure_latency", "measure_quality", "note_skipped"]
 
@@ -190,8 +191,8 @@ def note_skipped(dataset: Dataset, progress: Progress) -> None:
 
 
 def _evaluate(
-    model: bytes | str,
-    reference: bytes | str | None,
+    model: Serialized | str,
+    reference: Serialized | str | None,
     network: Network,
     dataset: Dataset,
     heads: Sequence[HeadSpec],
@@ -238,7 +239,7 @@ def _first_batch(dataset: Dataset, specs: Sequence[calibration.InputSpec], size:
     return first
 
 
-def _runnable(model: ModelSource, providers: Sequence[str]) -> bytes | str:
+def _runnable(model: ModelSource, providers: Sequence[str]) -> Serialized | str:
     """What ONNX Runtime loads; a path stays a path, so that models over 2 GiB can be run too."""
     loaded = load(model)  # for the clear errors
     found = executable(loaded, providers)

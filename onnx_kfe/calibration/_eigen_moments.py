@@ -23,6 +23,7 @@ from onnx_kfe.calibration._statistics import Statistics
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Geometry, Layer, Network
 from onnx_kfe.kfe import EigenMoments, eigen_bases
+from onnx_kfe.runtime import Serialized
 
 __all__ = ["collect_eigen_moments"]
 
@@ -100,7 +101,7 @@ def _bases(layer: Layer, sums: LayerStatistics) -> EigenMoments:
 
 def _instrument(
     model: ir.Model, layers: Sequence[Layer], statistics: Statistics, bases: Mapping[str, EigenMoments]
-) -> tuple[bytes, dict[str, str]]:
+) -> tuple[Serialized, dict[str, str]]:
     """The model that computes a batch's sums, and the names of its outputs by layer name."""
     whole = differentiate(model, layers, statistics.heads)
     outputs: dict[str, ir.Value] = {}

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import onnx
 import onnx_ir as ir
 
 from onnx_kfe.autodiff import Emitter, append_gradients
@@ -15,7 +14,8 @@ from onnx_kfe.calibration._gradients import emit_gate_gradients
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs, features_last
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Layer, Network, in_single_precision, infer_shapes, serialize
+from onnx_kfe.graph import Layer, Network, convert_opset, in_single_precision, infer_shapes, serialize
+from onnx_kfe.runtime import Serialized
 
 __all__ = [
     "PHASE_INPUT",
@@ -83,7 +83,7 @@ class Instrumented:
         skipped: Why there are none, by layer name.
     """
 
-    model: bytes
+    model: Serialized
     probes: list[Probe]
     skipped: dict[str, str]
 
@@ -102,15 +102,14 @@ def differentiable_copy(model: ir.Model) -> ir.Model:
     opset = model.graph.opset_imports.get("", 1)
     copy = in_single_precision(model)
     if opset < _OLDEST_OPSET:
-        proto = onnx.ModelProto.FromString(serialize(copy))
         try:
-            copy = ir.from_proto(onnx.version_converter.convert_version(proto, _WORKING_OPSET))
+            copy = convert_opset(copy, _WORKING_OPSET)
         except Exception as error:
             raise KfeError(f"the model's opset {opset} cannot be converted to {_WORKING_OPSET}: {error}") from error
-    for value in copy.graph.outputs:
-        if not value.is_graph_input():
-            value.shape = None  # what is declared may be less than what is known
+    outputs = list(copy.graph.outputs)
+    copy.graph.outputs.clear()  # or they would keep shapes that say less than what is known
     infer_shapes(copy)
+    copy.graph.outputs.extend(outputs)
     return copy
 
 
@@ -135,7 +134,7 @@ class Differentiated:
     layers: list[tuple[Layer, ir.Value, ir.Value, ir.Value]]
     skipped: dict[str, str]
 
-    def serialized(self, outputs: Sequence[ir.Value]) -> bytes:
+    def serialized(self, outputs: Sequence[ir.Value]) -> Serialized:
         """The model with these values as its only outputs."""
         self.model.graph.outputs.clear()
         self.model.graph.outputs.extend(outputs)

@@ -17,7 +17,7 @@ from onnx_kfe.calibration._inputs import InputSpec, fixed_batch
 from onnx_kfe.calibration._instrument import PHASE_INPUT, activation_bytes, noise_input
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Network, concrete_shapes, nominal_input_shapes
-from onnx_kfe.runtime import create_session, feeds_for
+from onnx_kfe.runtime import Serialized, create_session, feeds_for
 
 __all__ = ["ACTIVATION_BUDGET", "Progress", "batch_size", "blocks", "input_specs", "run_pass"]
 
@@ -78,7 +78,7 @@ def blocks(
 
 
 def run_pass(
-    model: bytes,
+    model: Serialized,
     names: Sequence[str],
     numbered: Iterable[tuple[int, Batch]],
     forward: Forward,

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from onnx_kfe.errors import KfeError, UsageError
-from onnx_kfe.runtime import create_session, feeds_for, reason
+from onnx_kfe.runtime import Serialized, create_session, feeds_for, reason
 
-Model = bytes | str | Path
+Model = Serialized | str | Path
 
 
 def open_model(

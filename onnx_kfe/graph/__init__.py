@@ -8,7 +8,6 @@ from onnx_kfe.graph._io import (
     load,
     replace_whole,
     save,
-    serialize,
     source_name,
 )
 from onnx_kfe.graph._layers import (
@@ -22,7 +21,9 @@ from onnx_kfe.graph._layers import (
 )
 from onnx_kfe.graph._network import Network, open_network
 from onnx_kfe.graph._normalize import normalize
+from onnx_kfe.graph._opset import convert_opset
 from onnx_kfe.graph._precision import in_single_precision
+from onnx_kfe.graph._serialize import in_one_message, serialize
 from onnx_kfe.graph._shapes import concrete_shapes, infer_shapes, nominal_input_shapes
 from onnx_kfe.graph.groups import ChannelGroup, ChannelGroups, LayerCut, Member, find_groups
 
@@ -39,6 +40,7 @@ __all__ = [
     "Network",
     "check_output",
     "concrete_shapes",
+    "convert_opset",
     "count_macs",
     "count_parameters",
     "find_branches",
@@ -46,6 +48,7 @@ __all__ = [
     "find_junction",
     "find_layers",
     "fingerprint",
+    "in_one_message",
     "in_single_precision",
     "infer_shapes",
     "initializer_array",

@@ -9,17 +9,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import TopologicalSortPass
 
 from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.graph._serialize import external_tensors, fits_one_message, in_one_message
 
-__all__ = ["ModelSource", "check_output", "fingerprint", "load", "replace_whole", "save", "serialize", "source_name"]
+__all__ = [
+    "ModelSource",
+    "check_output",
+    "fingerprint",
+    "load",
+    "replace_whole",
+    "save",
+    "source_name",
+]
 
 ModelSource: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | ir.Model
-
-_PROTOBUF_LIMIT = 2**31 - 2**24  # a protobuf message stays below 2 GiB; leave room for the graph itself
 
 
 def source_name(source: ModelSource) -> str:
@@ -99,7 +107,7 @@ def _checked(model: ir.Model, name: str) -> ir.Model:
         known = node.domain != "" or node.op_identifier() in model.functions or onnx.defs.has(node.op_type, opset)
         if not known:
             raise KfeError(f"{name}: operator {node.op_type} (node '{called}') does not exist in opset {opset}")
-    for tensor in _external_tensors(model):
+    for tensor in external_tensors(model):
         try:
             tensor.numpy()  # maps the file, reads nothing
         except Exception as error:
@@ -112,11 +120,6 @@ def _checked(model: ir.Model, name: str) -> ir.Model:
 
 def _is_defined(value: ir.Value) -> bool:
     return value.producer() is not None or value.is_graph_input() or value.is_initializer()
-
-
-def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    constants = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
-    return [tensor for tensor in constants if isinstance(tensor, ir.ExternalTensor)]
 
 
 def fingerprint(model: ir.Model) -> str:
@@ -153,32 +156,16 @@ def _digest_attribute(digest: hashlib._Hash, attribute: ir.Attr) -> None:
 
 def _digest_tensor(digest: hashlib._Hash, name: str, tensor: ir.TensorProtocol) -> None:
     digest.update(repr((name, tensor.dtype.name, tuple(tensor.shape))).encode())
-    texts = tensor.dtype == ir.DataType.STRING
-    digest.update(repr(tensor.numpy().tolist()).encode() if texts else tensor.tobytes())
+    if tensor.dtype == ir.DataType.STRING:
+        digest.update(repr(tensor.numpy().tolist()).encode())
+    elif tensor.dtype.bitwidth < 8:
+        digest.update(tensor.tobytes())
+    else:  # without a copy, which of a mapped file would be all that there is in memory
+        digest.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
 
 
 def _names(values: Iterable[ir.Value | None]) -> list[str | None]:
     return [value.name if value is not None else None for value in values]
-
-
-def _weight_bytes(model: ir.Model) -> int:
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-
-
-def serialize(model: ir.Model) -> bytes:
-    """The model as one byte string for ONNX Runtime, external data taken in.
-
-    Raises:
-        KfeError: The model is over protobuf's 2 GiB.
-    """
-    size = _weight_bytes(model)
-    if size > _PROTOBUF_LIMIT:
-        raise KfeError(
-            f"the model has {size / 2**30:.1f} GiB of weights; models over 2 GiB cannot be handled in memory yet"
-        )
-    if _external_tensors(model):
-        model = ir.external_data.load_to_model(model.clone())
-    return ir.to_proto(model).SerializeToString()
 
 
 def check_output(output: str | os.PathLike[str], *inputs: ModelSource) -> Path:
@@ -231,8 +218,8 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         KfeError: Writing failed, for example for want of space.
     """
     target = check_output(path)
-    if _weight_bytes(model) <= _PROTOBUF_LIMIT:
-        replace_whole(target, serialize(model))
+    if fits_one_message(model):
+        replace_whole(target, in_one_message(model))
         return
     data = target.with_name(f"{target.name}.data")
     try:

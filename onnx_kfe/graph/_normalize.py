@@ -17,7 +17,7 @@ import onnx_ir.passes.common as common
 
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph._bodies import bodies, seal, unseal
-from onnx_kfe.graph._io import serialize
+from onnx_kfe.graph._serialize import in_one_message
 from onnx_kfe.graph._shapes import infer_shapes
 
 __all__ = ["normalize"]
@@ -94,7 +94,7 @@ def _reject_quantized(model: ir.Model) -> None:
 def _simplify(model: ir.Model) -> ir.Model:
     """onnxsim; where it fails, onnxscript's optimizer; where that fails too, the model as it is."""
     with contextlib.suppress(KfeError):
-        proto = onnx.ModelProto.FromString(serialize(model))
+        proto = onnx.ModelProto.FromString(in_one_message(model))
         try:
             import onnxsim
 

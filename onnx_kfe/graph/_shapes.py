@@ -11,9 +11,10 @@ import onnx_ir as ir
 
 from onnx_kfe.errors import UsageError
 from onnx_kfe.graph._precision import in_single_precision
+from onnx_kfe.graph._serialize import serialize
 from onnx_kfe.runtime import create_session, feeds_for
 
-__all__ = ["concrete_shapes", "infer_shapes", "nominal_input_shapes"]
+__all__ = ["concrete_shapes", "infer_shapes", "nominal_input_shapes", "without_weights"]
 
 _NOMINAL_IMAGE = 224
 _NOMINAL_SEQUENCE = 128
@@ -60,7 +61,11 @@ def _checked(name: str, chosen: Sequence[int], declared: Sequence[int | ir.Symbo
 
 def _nominal(dims: Sequence[int | ir.SymbolicDim]) -> list[int]:
     free = _NOMINAL_IMAGE if len(dims) >= 4 else _NOMINAL_SEQUENCE
-    return [dim if isinstance(dim, int) and dim > 0 else (1 if axis == 0 else free) for axis, dim in enumerate(dims)]
+    least = [1] + [0] * len(dims)  # a batch of 0 is a free one; other axes can be empty
+    return [
+        dim if isinstance(dim, int) and dim >= least[axis] else (1 if axis == 0 else free)
+        for axis, dim in enumerate(dims)
+    ]
 
 
 def concrete_shapes(model: ir.Model, input_shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -70,7 +75,7 @@ def concrete_shapes(model: ir.Model, input_shapes: Mapping[str, Sequence[int]]) 
         model: The model; its own shapes stay as they are.
         input_shapes: A concrete shape for each graph input.
     """
-    proto = _without_weights(model)
+    proto = without_weights(model)
     for info in proto.graph.input:
         if info.name in input_shapes:
             dims = info.type.tensor_type.shape.dim
@@ -98,7 +103,7 @@ def infer_shapes(model: ir.Model) -> None:
     """
     with contextlib.suppress(Exception):  # shapes are a help, not a precondition
         _declare_convolutions(model.graph)
-        proto = onnx.shape_inference.infer_shapes(_without_weights(model), strict_mode=False, data_prop=True)
+        proto = onnx.shape_inference.infer_shapes(without_weights(model), strict_mode=False, data_prop=True)
         found = {info.name: info.type for info in (*proto.graph.value_info, *proto.graph.output)}
         for value in (output for node in model.graph for output in node.outputs if output.name in found):
             shape = ir.serde.deserialize_type_proto_for_shape(found[value.name])
@@ -120,10 +125,11 @@ def _run_shapes(
     model: ir.Model, input_shapes: Mapping[str, Sequence[int]], names: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
     """The shapes that values have when the model is run, whatever arithmetic of the graph decides them."""
-    proto = ir.to_proto(in_single_precision(model))
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = create_session(proto.SerializeToString(), threads=1, optimize=False)
+    copy = in_single_precision(model)
+    values = {value.name: value for node in copy.graph for value in node.outputs}
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(values[name] for name in names)
+    session = create_session(serialize(copy), threads=1, optimize=False)
     types = {value.name: value.dtype or ir.DataType.FLOAT for value in model.graph.inputs}
     feeds = {name: np.zeros(shape, types[name].numpy()) for name, shape in input_shapes.items()}
     found = zip(names, session.run(list(names), feeds_for(session, feeds)), strict=True)
@@ -139,7 +145,7 @@ def _known_shapes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _without_weights(model: ir.Model) -> onnx.ModelProto:
+def without_weights(model: ir.Model) -> onnx.ModelProto:
     """The model with large initializers turned into inputs, so that inference neither copies nor serialises them."""
     skeleton = ir.Model(model.graph.clone(), ir_version=model.ir_version, functions=tuple(model.functions.values()))
     for value in list(skeleton.graph.initializers.values()):
@@ -149,4 +155,6 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
             value.const_value = None
             value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
             skeleton.graph.inputs.append(value)
+        elif isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.Tensor(tensor.numpy(), tensor.dtype, name=value.name)
     return ir.to_proto(skeleton)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnx_kfe
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Geometry, Network, infer_shapes, serialize
+from onnx_kfe.graph import Geometry, Network, in_one_message, infer_shapes
 from onnx_kfe.planning import FORMS, REMOVED, Candidate, LayerProblem, Link, Plan, Stage, compose, removal_loss
 from onnx_kfe.rewrite._absorb import AbsorbPass
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
@@ -173,7 +173,7 @@ def _provenance(network: Network, plan: Plan, statistics: Statistics | None) -> 
 
 def _check(model: ir.Model, name: str) -> None:
     try:
-        proto = onnx.ModelProto.FromString(serialize(model))
+        proto = onnx.ModelProto.FromString(in_one_message(model))
     except KfeError:
         return  # over 2 GiB: checked by whoever loads it, the checker needs the model in one message
     for info in proto.graph.output:  # ONNX Runtime does without shapes of outputs, the checker does not

@@ -13,7 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import find_layers, fingerprint, load, normalize, serialize
+from onnx_kfe.graph import _serialize, find_layers, fingerprint, in_one_message, load, normalize
 from tests.cases import CASES, load_case
 from tests.tiny import node, run, serialized, tiny, weights
 
@@ -281,16 +281,14 @@ def test_missing_simplifiers_are_done_without(monkeypatch):
 
 
 def test_models_too_large_for_one_message_are_normalised_too(monkeypatch):
-    from onnx_kfe.graph import _io
-
     case = load_case("plain-13")
     whole = [layer.geometry for layer in find_layers(normalize(load(case.model)))]
-    monkeypatch.setattr(_io, "_PROTOBUF_LIMIT", 100)
+    monkeypatch.setattr(_serialize, "_PROTOBUF_LIMIT", 100)
     normal = normalize(load(case.model))
     assert [layer.geometry for layer in find_layers(normal)] == whole
     assert not any(n.op_type == "BatchNormalization" for n in normal.graph)
     with pytest.raises(KfeError):
-        serialize(normal)
+        in_one_message(normal)
     inputs = case.inputs(3)
     np.testing.assert_allclose(run(normal, inputs)["logits"], run(case.model, inputs)["logits"], rtol=1e-4, atol=1e-4)
 

@@ -9,7 +9,7 @@ import pytest
 from onnx import helper
 
 from onnx_kfe.graph import Geometry, concrete_shapes, find_layers, infer_shapes, load, nominal_input_shapes
-from tests.tiny import node, tiny, weights
+from tests.tiny import add_external_data, node, tiny, weights
 
 
 def values_of(model: ir.Model) -> dict[str | None, ir.Value]:
@@ -25,6 +25,16 @@ def test_what_outputs_are_declared_with_stays():
     infer_shapes(model)
     assert [str(size) for size in values_of(model)["y"].shape] == ["batch", "features"]
     assert list(values_of(model)["z"].shape)[1] == 3
+
+
+def test_small_constants_in_other_files_are_read(tmp_path):
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Reshape", ["h", "target"], ["y"]), node("Relu", ["y"], ["z"])]
+    constants = {"w": weights(4, 6), "target": np.array([-1, 2, 3])}
+    proto = tiny(nodes, {"x": ["n", 4]}, {"z": []}, constants)
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    model = load(add_external_data(proto, str(tmp_path / "m.onnx")))
+    infer_shapes(model)
+    assert list(values_of(model)["y"].shape)[1:] == [2, 3]
 
 
 def test_sequences_stay_sequences():
@@ -53,6 +63,15 @@ def test_a_convolution_behind_something_unknown_has_a_rank():
     infer_shapes(model)
     assert list(values_of(model)["y"].shape)[1] == 3
     assert len(values_of(model)["h"].shape) == 4
+
+
+def test_axes_without_elements_are_no_free_ones():
+    nodes = [node("Concat", ["x", "nothing"], ["h"], axis=1), node("Conv", ["h", "w"], ["y"], "layer")]
+    inputs = {"x": ["n", 2, "h", "w"], "nothing": [0, 0, "h", "w"]}
+    model = load(tiny(nodes, inputs, {"y": ["n", 3, "h", "w"]}, {"w": weights(3, 2, 1, 1)}))
+    assert nominal_input_shapes(model)["nothing"] == (1, 0, 224, 224)
+    (layer,) = find_layers(model)
+    assert layer.geometry.in_channels == 2
 
 
 def test_inputs_that_are_no_tensors_have_no_shape_to_choose():
