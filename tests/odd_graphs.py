@@ -1,4 +1,4 @@
-"""Graphs that are odd in ways that ONNX allows, drawn by hypothesis: layers with oddities between that other modules register.
+"""Graphs that are odd in ways that ONNX allows: layers with oddities between, which other modules register.
 
 Every graph has layers that can be pruned, before the first oddity and behind the last.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.inliner
 import pytest
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -116,7 +117,7 @@ def elements(kind: onnx.TypeProto) -> tuple[str, int]:
 
 def run_reference(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, object]:
     """Outputs by name, at the model's own element type, which ONNX Runtime need not have kernels for."""
-    evaluator = ReferenceEvaluator(model)
+    evaluator = ReferenceEvaluator(onnx.inliner.inline_local_functions(model))
     return dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
 
 

@@ -61,13 +61,30 @@ def normalize(model: ir.Model) -> ir.Model:
 
 
 def _without_functions(model: ir.Model) -> ir.Model:
+    """The model with its functions inlined, in place."""
+    if not model.functions:
+        return model
     try:
         inlined = common.InlinePass()(model).model
     except Exception as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise KfeError(f"the functions of the model cannot be inlined: {reason}") from error
     inlined.functions.clear()
+    _rename_apart(inlined.graph)
     return inlined
+
+
+def _rename_apart(graph: ir.Graph) -> None:
+    """Rename values of the main graph whose names values inside bodies have too, which inlining does not look at."""
+    inside: set[str] = set()
+    for body in graph.subgraphs():
+        if body is not graph:
+            values = (*body.inputs, *body.initializers.values(), *(value for node in body for value in node.outputs))
+            inside |= {value.name for value in values if value.name}
+    taken = inside | {value.name or "" for node in graph for value in node.outputs} | set(graph.initializers)
+    for value in (value for node in graph for value in node.outputs if value.name in inside):
+        value.name = _unique(value.name or "", taken)
+        taken.add(value.name)
 
 
 def _eliminate_identities(graph: ir.Graph) -> None:

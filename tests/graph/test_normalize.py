@@ -193,6 +193,23 @@ def test_functions_are_inlined():
     np.testing.assert_allclose(run(normal, feeds)["y"], run(model, feeds)["y"], rtol=1e-5, atol=1e-6)
 
 
+def test_values_of_functions_are_kept_apart_from_those_in_bodies():
+    """A function and the bodies of an If both call a value h."""
+    inner = [node("Neg", ["a"], ["h"]), node("Relu", ["h"], ["b"])]
+    function = helper.make_function("local", "Layer", ["a"], ["b"], inner, [helper.make_opsetid("", 17)])
+    body = tiny([node("Abs", ["y"], ["h"]), node("Sqrt", ["h"], ["r"])], {}, {"r": ["n", 4]}).graph
+    nodes = [
+        node("Layer", ["x"], ["y"], domain="local"),
+        node("Size", ["x"], ["s"]),
+        node("Cast", ["s"], ["t"], to=9),
+        node("If", ["t"], ["z"], then_branch=body, else_branch=body),
+    ]
+    opsets = [helper.make_opsetid("local", 1)]
+    model = tiny(nodes, {"x": ["n", 4]}, {"z": ["n", 4]}, opsets=opsets, functions=[function])
+    feeds = {"x": weights(2, 4, seed=1)}
+    np.testing.assert_allclose(run(normalize(load(model)), feeds)["z"], run(model, feeds)["z"], rtol=1e-6)
+
+
 def test_functions_that_cannot_be_inlined_are_said_to_be():
     body = [node("Relu", ["a"], ["b"])]
     function = helper.make_function("local", "Layer", ["a"], ["b"], body, [helper.make_opsetid("", 16)])
