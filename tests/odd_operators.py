@@ -154,7 +154,7 @@ def a_loop(d: Draft) -> None:
     d.x = d.op("Loop", d.const(2), "", outside, body=body)
 
 
-@oddity(image=False)
+@oddity(image=False, types=[FLOAT, TensorProto.FLOAT16])
 def a_scan(d: Draft) -> None:
     """Over the tokens."""
     w = d.constants[d.layer_weight()]
