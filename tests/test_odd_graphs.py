@@ -27,7 +27,7 @@ CLOSE = {TensorProto.FLOAT: 1e-4, TensorProto.DOUBLE: 1e-4, TensorProto.FLOAT16:
 @pytest.mark.parametrize("name", ODDITIES)
 def test_odd_graphs(name: str) -> None:
     @seed(list(ODDITIES).index(name))  # or all would be drawn alike
-    @settings(max_examples=2, **OPTIONS)
+    @settings(max_examples=10, **OPTIONS)
     @given(odd_graphs(st.just(name), TensorProto.FLOAT))
     def check(graph: OddGraph) -> None:
         if graph.refused:
@@ -43,7 +43,7 @@ def test_odd_graphs(name: str) -> None:
     "dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE], ids=TensorProto.DataType.Name
 )
 def test_odd_graphs_of_other_element_types(dtype: int) -> None:
-    @settings(max_examples=6, **OPTIONS)
+    @settings(max_examples=50, **OPTIONS)
     @given(odd_graphs(st.sampled_from(PRUNABLE), dtype))
     def check(graph: OddGraph) -> None:
         check_pruned(graph)
