@@ -21,7 +21,7 @@ from onnx_kfe.graph import Network, serialize
 from onnx_kfe.planning import REMOVED, Budget, Candidate, Latency, Plan, Planner, arms_around, refine
 from onnx_kfe.progress import Progress
 from onnx_kfe.rewrite import Chain, solve_plan, write_chains
-from onnx_kfe.runtime import create_session
+from onnx_kfe.runtime import Serialized, create_session
 
 __all__ = ["DEFAULT_EVALUATIONS", "refine_plan"]
 
@@ -157,14 +157,14 @@ class _Judge:
             return 0.0
         return max(tighter.predicted_loss - self._plan.predicted_loss, 0.0) / (_STEP * spent)
 
-    def _spent(self, plan: Plan, model: bytes) -> float:
+    def _spent(self, plan: Plan, model: Serialized) -> float:
         if self._stadium is None:
             return self._planner.fraction(plan, type(self._budgets[0]))
         return _fastest(self._session(model), self._stadium.feeds) / _fastest(
             self._session(self._original), self._stadium.feeds
         )
 
-    def _session(self, model: bytes) -> Any:
+    def _session(self, model: Serialized) -> Any:
         return create_session(model, providers=self._machine.providers, threads=self._machine.threads)
 
 

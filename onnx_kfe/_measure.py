@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import onnx_ir as ir
 
 from onnx_kfe import calibration, evaluation
+from onnx_kfe._executable import executable
 from onnx_kfe._headed import giving, head_specs
 from onnx_kfe.calibration import (
     Batch,
@@ -29,6 +30,7 @@ from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.evaluation import HeadSpec, Quality, Timing
 from onnx_kfe.graph import ModelSource, Network, load, open_network, serialize
 from onnx_kfe.progress import Progress
+from onnx_kfe.runtime import Serialized
 
 __all__ = [
     "Machine",
@@ -96,8 +98,8 @@ def evaluate(
     shown.note(dataset.describe())
     specs = head_specs(calibration.find_heads(network, heads))
     quality = _evaluate(
-        _runnable(model, specs),
-        None if reference is None else _runnable(reference, specs),
+        _runnable(model, specs, providers),
+        None if reference is None else _runnable(reference, specs, providers),
         network,
         dataset,
         specs,
@@ -163,8 +165,10 @@ def measure_quality(
     metric: str | None = None,
 ) -> Quality:
     """Quality of a smaller model against the original."""
-    models = serialize(giving(smaller, heads)), serialize(giving(network.original, heads))
-    return _evaluate(*models, network, dataset, heads, metric, machine.providers, machine.threads, progress)
+    models = [serialize(executable(giving(model, heads), machine.providers)) for model in (smaller, network.original)]
+    return _evaluate(
+        models[0], models[1], network, dataset, heads, metric, machine.providers, machine.threads, progress
+    )
 
 
 def measure_latency(
@@ -174,7 +178,12 @@ def measure_latency(
     machine: Machine,
     progress: Progress,
 ) -> list[Timing]:
-    """Timings of the original and of a smaller model on samples of the data."""
+    """Timings of the original and of a smaller model on samples of the data; none where they cannot be run here."""
+    if executable(network.original, machine.providers) is not network.original:
+        progress.note(
+            "ONNX Runtime lacks kernels for the model's element type: no latency, quality in single precision"
+        )
+        return []
     models = {"original": serialize(network.original), "pruned": serialize(smaller)}
     batch = _first_batch(dataset, input_specs(network.model), machine.batch)
     with progress.stage("measuring latency"):
@@ -190,8 +199,8 @@ def note_skipped(dataset: Dataset, progress: Progress) -> None:
 
 
 def _evaluate(
-    model: bytes | str,
-    reference: bytes | str | None,
+    model: Serialized | str,
+    reference: Serialized | str | None,
     network: Network,
     dataset: Dataset,
     heads: Sequence[HeadSpec],
@@ -244,8 +253,8 @@ def _first_batch(dataset: Dataset, specs: Sequence[calibration.InputSpec], size:
     return first
 
 
-def _runnable(model: ModelSource, heads: Sequence[HeadSpec]) -> bytes | str:
+def _runnable(model: ModelSource, heads: Sequence[HeadSpec], providers: Sequence[str]) -> Serialized | str:
     """What ONNX Runtime loads; a path stays a path where it can, so that models over 2 GiB can be run too."""
     loaded = load(model)  # for the clear errors
-    extended = giving(loaded, heads)
-    return os.fspath(model) if isinstance(model, str | os.PathLike) and extended is loaded else serialize(extended)
+    found = executable(giving(loaded, heads), providers)
+    return os.fspath(model) if found is loaded and isinstance(model, str | os.PathLike) else serialize(found)

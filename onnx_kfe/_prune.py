@@ -28,7 +28,17 @@ from onnx_kfe.progress import Progress, StagesOnly
 from onnx_kfe.result import Result
 from onnx_kfe.rewrite import Chain, Narrowed, add_losses, narrow, rotate, solve_plan, write_chains
 
-__all__ = ["DEFAULT_BUDGET", "Pruning", "Recovery", "Samples", "at_seen_shapes", "check_loss", "collect", "divide"]
+__all__ = [
+    "DEFAULT_BUDGET",
+    "Pruning",
+    "Recovery",
+    "Samples",
+    "at_seen_shapes",
+    "at_shapes_of",
+    "check_loss",
+    "collect",
+    "divide",
+]
 
 DEFAULT_BUDGET = Macs(0.75)
 _HELD_BACK = 0.2
@@ -372,6 +382,15 @@ def _shortage(network: Network, statistics: Statistics) -> str | None:
         f"few samples: the input covariance of layer '{name}' takes {needed[name]:,} at least, of which there are "
         f"{statistics.samples:,}; unseen directions keep their weights (more with --max-samples)"
     )
+
+
+def at_shapes_of(network: Network, data: Dataset | None) -> Network:
+    """Count costs at the shapes of the data where there are layers whose shapes cannot be told without."""
+    if data is None or network.input_shapes or all(layer.geometry is not None for layer in network.layers):
+        return network
+    first = next(iter(data), None)
+    shapes = {} if first is None else {name: array.shape for name, array in first.sample.items()}
+    return network.with_input_shapes(shapes)
 
 
 def at_seen_shapes(network: Network, statistics: Statistics) -> Network:

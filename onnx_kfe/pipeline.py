@@ -16,7 +16,7 @@ from onnx_kfe._frontier import Point, sweep
 from onnx_kfe._headed import head_specs, trainable
 from onnx_kfe._latency_goal import Stadium
 from onnx_kfe._measure import Machine, benchmark, evaluate, measure_quality, note_skipped
-from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, check_loss, divide
+from onnx_kfe._prune import DEFAULT_BUDGET, Pruning, Recovery, at_seen_shapes, at_shapes_of, check_loss, divide
 from onnx_kfe._recipe import CURVATURES, Recipe, make_plan
 from onnx_kfe.calibration import (
     DEFAULT_MEMORY,
@@ -123,6 +123,7 @@ def collect(
     network = inspect(model)
     own = None if loss is None else open_loss(loss, network)
     dataset = _opened(data, network, own, images, labels, max_samples, shown)
+    network = at_shapes_of(network, dataset)
     machine = Machine(providers, threads)
     statistics = _prune.collect(network, dataset, heads, own, seed, shard, memory, machine, shown, curvature)
     note_skipped(dataset, shown)
@@ -343,8 +344,6 @@ def prune(
     _check_together(recipe, method, data, plan, max_drop, evaluations)
     shown = progress or Progress()
     network = inspect(model)
-    if not network.prunable:
-        raise BudgetError(f"{network.name}: no layer can be pruned; onnx-kfe inspect says why")
 
     if epochs > 0:
         trainable(calibration.find_heads(network, heads))
@@ -358,7 +357,11 @@ def prune(
     check_loss(own, statistics, iterations, collects=data is not None)
     test = opened(evaluation_data)
     inputs = [spec.name for spec in input_specs(network.model)]
-    samples = divide(opened(data, own), test, inputs, floor=max_drop is not None, training=epochs > 0)
+    dataset = opened(data, own)
+    network = at_shapes_of(network, dataset) if statistics is None else at_seen_shapes(network, statistics)
+    if not network.prunable:
+        raise BudgetError(f"{network.name}: no layer can be pruned; onnx-kfe inspect says why")
+    samples = divide(dataset, test, inputs, floor=max_drop is not None, training=epochs > 0)
     machine = Machine(providers, threads, batch)
     recovery = Recovery(refit, memory, None if checkpoint is None else Path(checkpoint))
     run = Pruning(network, model, samples, statistics, heads, own, machine, recovery, recipe, seed, shown)

@@ -4,19 +4,69 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import onnx
 
 from onnx_kfe.errors import KfeError, UsageError
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["create_session", "default_threads", "import_onnxruntime", "reason", "share_threads"]
+__all__ = [
+    "Mapped",
+    "Serialized",
+    "create_session",
+    "default_threads",
+    "feeds_for",
+    "import_onnxruntime",
+    "reason",
+    "share_threads",
+]
 
 _FATAL_ONLY = 4  # what else ONNX Runtime would log comes as an exception too
 _PREFIX = re.compile(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )?")
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A model that is too large for one message, whose large constants are external data.
+
+    Attributes:
+        message: The model.
+        folder: Folder of the files with the constants; None where all of them are in memory.
+        constants: All of them by name; those in files are views of the mapped file, which take no memory.
+        in_memory: Names of those that are in no file.
+    """
+
+    message: bytes = field(repr=False)
+    folder: Path | None
+    constants: dict[str, np.ndarray] = field(repr=False)
+    in_memory: frozenset[str] = frozenset()
+
+    def __len__(self) -> int:
+        """Bytes of the message and the constants."""
+        return len(self.message) + sum(array.nbytes for array in self.constants.values())
+
+    def write(self, path: Path) -> None:
+        """Write the model to `path`, and its constants to a file beside it."""
+        data = path.with_name(f"{path.name}.data")
+        proto = onnx.ModelProto.FromString(self.message)
+        with data.open("wb") as file:
+            for tensor in proto.graph.initializer:
+                if (array := self.constants.get(tensor.name)) is not None:
+                    del tensor.external_data[:]
+                    for key, value in (("location", data.name), ("offset", file.tell()), ("length", array.nbytes)):
+                        tensor.external_data.add(key=key, value=str(value))
+                    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        path.write_bytes(proto.SerializeToString())
+
+
+Serialized: TypeAlias = bytes | Mapped
 
 
 def import_onnxruntime() -> Any:
@@ -49,7 +99,7 @@ def share_threads(threads: int | None) -> None:
 
 
 def create_session(
-    model: bytes | str | Path,
+    model: Serialized | str | Path,
     *,
     providers: Sequence[str] = (),
     threads: int | None = None,
@@ -62,7 +112,8 @@ def create_session(
     """Create an inference session.
 
     Args:
-        model: Serialised model, or the path of one (needed when its weights are external).
+        model: Serialised model, or the path of one. The constants of a `Mapped` one are used where they are: all
+            sessions of it share them, and none packs them anew for its kernels.
         providers: Execution providers in order of preference; CPU when empty.
         threads: Intra-operator threads; all cores when None.
         optimize: Whether ONNX Runtime may fuse and relayout the graph.
@@ -94,11 +145,41 @@ def create_session(
         options.add_session_config_entry("session.disable_prepacking", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    source = str(model) if isinstance(model, Path) else model
+    constants = _take_constants(runtime, options, model) if isinstance(model, Mapped) else {}
+    source = model.message if isinstance(model, Mapped) else str(model) if isinstance(model, Path) else model
     try:
-        return runtime.InferenceSession(source, options, providers=list(providers) or ["CPUExecutionProvider"])
+        session = runtime.InferenceSession(source, options, providers=list(providers) or ["CPUExecutionProvider"])
+        session.kfe_constants = constants  # which live as long as it does
+        return session
     except Exception as error:
         raise KfeError(f"ONNX Runtime cannot load the model: {reason(error)}") from error
+
+
+def _take_constants(runtime: Any, options: Any, model: Mapped) -> dict[str, Any]:
+    """Have a session use constants where they are; returns what has to outlive it."""
+    if model.folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.folder))
+    values = {name: runtime.OrtValue.ortvalue_from_numpy(model.constants[name]) for name in model.in_memory}
+    options.add_external_initializers(list(values), list(values.values()))  # or it would look for a file
+    for name, value in values.items():
+        options.add_initializer(name, value)  # or it would keep a copy
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return values
+
+
+def feeds_for(session: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a session takes of some arrays, in single precision where it is that of a copy of the model.
+
+    Args:
+        session: The session.
+        arrays: Arrays by input name, in the element types of the original.
+    """
+    return {
+        value.name: arrays[value.name].astype(np.float32, copy=False)
+        if value.type == "tensor(float)"
+        else arrays[value.name]
+        for value in session.get_inputs()
+    }
 
 
 def reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 import onnx_kfe as kfe
 from onnx_kfe.progress import Progress
 from tests.networks import CLASSES, classifier, samples
-from tests.tiny import run
+from tests.tiny import node, run, tiny, weights
 
 pytestmark = pytest.mark.usefixtures("quick_benchmark")
 
@@ -51,11 +51,11 @@ def macs_by_hand(model: onnx.ModelProto, side: int = 8) -> int:
     """Every convolution of these networks keeps the extent, and the Gemm runs once."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     total = 0
-    for node in model.graph.node:
-        if node.op_type == "Conv":
-            total += side * side * int(np.prod(shapes[node.input[1]]))
-        elif node.op_type in ("Gemm", "MatMul"):
-            total += int(np.prod(shapes[node.input[1]]))
+    for each in model.graph.node:
+        if each.op_type == "Conv":
+            total += side * side * int(np.prod(shapes[each.input[1]]))
+        elif each.op_type in ("Gemm", "MatMul"):
+            total += int(np.prod(shapes[each.input[1]]))
     return total
 
 
@@ -307,6 +307,27 @@ def test_costs_are_counted_at_the_shapes_of_the_data() -> None:
     result = kfe.prune(model, {"x": samples(40)[:, :, :6, :6]}, kfe.Macs(0.7), measure=False)
     assert result.report["macs"]["before"] == macs_by_hand(classifier(), side=6)
     assert result.report["input_shapes"] == {"x": [1, 3, 6, 6]}
+
+
+def test_shapes_of_the_data_where_no_others_fit() -> None:
+    """Positions are added, of which there are as many as the data has."""
+    constants = {"p": weights(5, 8), "w": weights(8, 8), "v": weights(8, 4, seed=1)}
+    nodes = [
+        node("Add", ["x", "p"], ["h"]), node("MatMul", ["h", "w"], ["a"], "first"), node("Relu", ["a"], ["b"]),
+        node("MatMul", ["b", "v"], ["y"], "second"),
+    ]  # fmt: skip
+    nodes.insert(0, node("Relu", ["z"], ["x"]))
+    model = tiny(nodes, {"z": ["n", "t", 8]}, {"y": ["n", "t", 4]}, constants)
+    assert {layer.reason for layer in kfe.inspect(model).layers} == {"shapes unknown: give --input-shape"}
+    data = weights(40, 5, 8, seed=2)
+    collected = kfe.collect(model, data)
+    assert list(collected.layers) == ["first", "second"]
+    for given in (data, collected):
+        macs = kfe.prune(model, given, kfe.Macs(0.9), round_to=2, measure=False).report["macs"]
+        assert macs["before"] == 5 * (64 + 32)
+        assert macs["after"] <= 0.9 * macs["before"]
+    with pytest.raises(kfe.BudgetError, match="no layer can be pruned"):
+        kfe.prune(model)
 
 
 def fixed_batches() -> onnx.ModelProto:

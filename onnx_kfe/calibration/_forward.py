@@ -11,6 +11,7 @@ from onnx_kfe.calibration._batches import Batch
 from onnx_kfe.calibration._heads import Head
 from onnx_kfe.calibration._weight_file import WeightFile
 from onnx_kfe.errors import KfeError
+from onnx_kfe.runtime import feeds_for
 
 __all__ = ["Forward"]
 
@@ -52,9 +53,8 @@ class Forward:
         Raises:
             KfeError: ONNX Runtime fails on the batch.
         """
-        wanted = {value.name for value in self._session.get_inputs()}
         try:
-            values = self._session.run(self._sources, {k: v for k, v in batch.feeds.items() if k in wanted})
+            values = self._session.run(self._sources, feeds_for(self._session, batch.feeds))
         except Exception as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.feeds.items())
             raise KfeError(f"the model fails on {shapes}: {str(error).strip().splitlines()[0]}") from error
@@ -99,6 +99,8 @@ def _decisions(head: Head, value: np.ndarray) -> float:
 
 def _deviation(moments: np.ndarray) -> float:
     count, total, squares = moments
+    if count == 0:  # an output without elements
+        return 1.0
     deviation = float(np.sqrt(max(squares / count - (total / count) ** 2, 0.0)))
     return deviation if deviation > 0 else 1.0
 

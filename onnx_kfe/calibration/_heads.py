@@ -116,8 +116,8 @@ def detect_heads(graph: ir.Graph, kinds: Mapping[str, str] | None = None) -> lis
 
     An output behind Softmax or LogSoftmax is categorical, behind Sigmoid Bernoulli, a matrix named like logits
     categorical, anything else Gaussian. What NonMaxSuppression picks is no head: the boxes and scores that it reads
-    are. Integer outputs carry no gradient; where there is nothing else, heads are the values that they say the
-    largest of (ArgMax is a decision between classes).
+    are. Outputs that are integers or no tensors carry no gradient; where there is nothing else, heads are the values
+    that they say the largest of (ArgMax is a decision between classes).
 
     Args:
         graph: The graph.
@@ -181,7 +181,9 @@ def _inner_head(value: ir.Value, node: ir.Node, kind: str | None) -> Head:
 
 
 def _is_computed_float(value: ir.Value) -> bool:
-    return value.producer() is not None and (value.dtype is None or value.dtype in _FLOATS)
+    """Whether a node computes a tensor of floating-point numbers, as far as anything is known of the value."""
+    known = value.type is None or (isinstance(value.type, ir.TensorType) and value.dtype in _FLOATS)
+    return value.producer() is not None and known
 
 
 def _final_activation(value: ir.Value) -> ir.Node | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnx_kfe.autodiff import Emitter, append_gradients
 from onnx_kfe.calibration._coherence import emit_cotangent_means, emit_position_means
@@ -18,7 +18,7 @@ from onnx_kfe.calibration._opset import at_opset, working_opset
 from onnx_kfe.calibration._padding import Padding, find_padding
 from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs, features_last
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Layer, Network
+from onnx_kfe.graph import Layer, Network, infer_shapes
 
 __all__ = [
     "PHASE_INPUT",
@@ -114,13 +114,17 @@ def noise_input(head: Head) -> str:
 
 
 def differentiable_copy(model: ir.Model) -> ir.Model:
-    """A private copy at an opset that the gradient rules are written for, with shapes inferred.
+    """A private copy in single precision at an opset that the gradient rules are written for, with shapes inferred.
 
     Raises:
         KfeError: The model cannot be brought to that opset.
     """
     copy = at_opset(model, working_opset(model))
-    return ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy).model
+    outputs = list(copy.graph.outputs)
+    copy.graph.outputs.clear()  # or they would keep shapes that say less than what is known
+    infer_shapes(copy)
+    copy.graph.outputs.extend(outputs)
+    return copy
 
 
 def find_heads(network: Network, kinds: Mapping[str, str] | None = None) -> list[Head]:
@@ -250,8 +254,6 @@ def _seeds(
         noise = _input(emit.graph, noise_input(head), ir.DataType.FLOAT, source.shape)
         if padding is not None and head.source in padding.ranks:
             noise = emit.op("Mul", noise, padding.weight(emit, source), like=noise)
-        if source.dtype not in (None, ir.DataType.FLOAT):
-            noise = emit.op("CastLike", noise, source, like=source)
         cotangent = HEAD_KINDS[head.kind](emit, source, noise, head)
         seeds[source] = emit.op("Add", seeds[source], cotangent, like=source) if source in seeds else cotangent
     return seeds

@@ -18,6 +18,7 @@ from onnx_kfe.calibration._instrument import PHASE_INPUT, activation_bytes, nois
 from onnx_kfe.calibration._loss import Loss
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Network, concrete_shapes, nominal_input_shapes
+from onnx_kfe.runtime import feeds_for
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -31,13 +32,23 @@ Progress = Callable[[int], None]
 
 
 def input_specs(model: ir.Model) -> list[InputSpec]:
-    """What the model takes, as the data readers want it."""
+    """What the model takes, as the data readers want it.
+
+    Raises:
+        KfeError: An input is no tensor, or of unknown rank.
+    """
     specs = []
     for value in model.graph.inputs:
-        if value.is_initializer() or value.dtype is None:
+        if value.is_initializer():
             continue
-        shape = tuple(size if isinstance(size, int) else size.value for size in value.shape or ())
-        specs.append(InputSpec(value.name or "", np.dtype(value.dtype.numpy()), shape))
+        if not isinstance(value.type, ir.TensorType):
+            raise KfeError(
+                f"input '{value.name}' is no tensor: a model with sequences or optionals as inputs can't be fed"
+            )
+        if value.shape is None:
+            raise KfeError(f"input '{value.name}' has no declared shape: declare one, with names for free axes")
+        shape = tuple(size if isinstance(size, int) else size.value for size in value.shape)
+        specs.append(InputSpec(value.name or "", np.dtype(value.type.dtype.numpy()), shape))
     return specs
 
 
@@ -120,8 +131,7 @@ def _noise(batch: Batch, forward: Forward, heads: list[Head], seed: int) -> dict
 def _feeds(session: Any, batch: Batch, given: Mapping[str, np.ndarray], seed: int, block: int) -> dict[str, np.ndarray]:
     first = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64))).integers(0, 2**20, 3)
     phase = first + block  # successive batches take successive rows, so that all are taken equally often
-    feeds = {**batch.feeds, **given, PHASE_INPUT: phase}
-    return {value.name: feeds[value.name] for value in session.get_inputs()}
+    return feeds_for(session, {**batch.feeds, **given, PHASE_INPUT: phase})
 
 
 def _run(session: Any, names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -40,6 +40,10 @@ class WeightFile:
     def __init__(self, model: ir.Model) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="onnx-kfe-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _SMALL:  # or it would be closed under views
+                value.const_value = ir.Tensor(tensor.numpy(), tensor.dtype, name=tensor.name)
         try:
             ir.external_data.unload_from_model(
                 model, self._folder, _NAME, size_threshold_bytes=_SMALL, alignment=_ALIGNMENT

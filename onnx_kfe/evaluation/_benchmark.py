@@ -127,7 +127,7 @@ def file_size(model: Model) -> int:
     Raises:
         KfeError: The file cannot be read.
     """
-    if isinstance(model, bytes):
+    if not isinstance(model, str | Path):
         return len(model)
     try:
         graphs = ir.load(model).graphs()

@@ -227,9 +227,9 @@ class _Gaussian:
         self.samples += len(errors)
         self.error += float(errors.sum())
         self.error_squares += float(np.square(errors).sum())
-        old = old.reshape(-1, old.shape[-1])
-        if not len(old):
+        if not old.size:
             return
+        old = old.reshape(-1, old.shape[-1])
         # Means and scatter of two parts merged (Chan, Golub & LeVeque 1979): exact, and no cancellation.
         mean, total = old.mean(0), self.count + len(old)
         shift = mean - self.mean

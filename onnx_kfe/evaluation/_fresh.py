@@ -71,8 +71,12 @@ def in_fresh_process(
 
 
 def _path(model: Model, folder: str, place: int) -> str:
-    if not isinstance(model, bytes):
+    if isinstance(model, str | Path):
         return str(Path(model).resolve())
-    path = Path(folder, f"model{place}.onnx")
-    path.write_bytes(model)
+    path = Path(folder, str(place), "model.onnx")
+    path.parent.mkdir()
+    if isinstance(model, bytes):
+        path.write_bytes(model)
+    else:
+        model.write(path)
     return str(path)

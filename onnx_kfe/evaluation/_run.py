@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from onnx_kfe.errors import KfeError, UsageError
-from onnx_kfe.runtime import create_session, reason
+from onnx_kfe.runtime import Serialized, create_session, feeds_for, reason
 
-Model = bytes | str | Path
+Model = Serialized | str | Path
 
 
 def open_model(
@@ -36,6 +36,6 @@ def run(what: str, session: Any, feeds: Mapping[str, np.ndarray], outputs: list[
     if missing := [name for name in wanted if name not in feeds]:
         raise KfeError(f"{what} has an input '{missing[0]}' that the data does not give (it gives: {', '.join(feeds)})")
     try:
-        return session.run(outputs, {name: feeds[name] for name in wanted})
+        return session.run(outputs, feeds_for(session, feeds))
     except Exception as error:
         raise KfeError(f"{what} fails in ONNX Runtime (check the inputs' shapes and types): {reason(error)}") from error

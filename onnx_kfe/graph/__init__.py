@@ -9,7 +9,6 @@ from onnx_kfe.graph._io import (
     load,
     replace_whole,
     save,
-    serialize,
     source_name,
 )
 from onnx_kfe.graph._layers import (
@@ -24,7 +23,9 @@ from onnx_kfe.graph._layers import (
 from onnx_kfe.graph._network import Network, open_network
 from onnx_kfe.graph._normalize import normalize
 from onnx_kfe.graph._outputs import computed_values, with_outputs
-from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
+from onnx_kfe.graph._precision import in_single_precision
+from onnx_kfe.graph._serialize import in_one_message, serialize
+from onnx_kfe.graph._shapes import concrete_shapes, infer_shapes, nominal_input_shapes, without_weights
 from onnx_kfe.graph.groups import (
     ChannelGroup,
     ChannelGroups,
@@ -61,6 +62,9 @@ __all__ = [
     "find_layers",
     "find_products",
     "fingerprint",
+    "in_one_message",
+    "in_single_precision",
+    "infer_shapes",
     "initializer_array",
     "load",
     "nominal_input_shapes",
@@ -73,4 +77,5 @@ __all__ = [
     "source_name",
     "weight_place",
     "with_outputs",
+    "without_weights",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnx_kfe.graph._bodies import bodies
 from onnx_kfe.graph._layers import weight_place
 from onnx_kfe.graph._network import Network
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
@@ -125,12 +126,8 @@ def _is_bias(node: ir.Node, addend: ir.Value) -> bool:
 def _with_bodies(node: ir.Node) -> Iterator[ir.Node]:
     """A node and those inside its bodies, which a control-flow operator has."""
     yield node
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield from attribute.as_graph().all_nodes()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            for graph in attribute.as_graphs():
-                yield from graph.all_nodes()
+    for body in bodies(node).values():
+        yield from body.all_nodes()
 
 
 def _same_shape(values: list[ir.Value], shapes: Mapping[str, tuple[int, ...]]) -> bool:

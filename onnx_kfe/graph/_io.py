@@ -9,18 +9,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import TopologicalSortPass
 
 from onnx_kfe.errors import KfeError, UsageError
+from onnx_kfe.graph._serialize import external_tensors, fits_one_message, in_one_message
 from onnx_kfe.graph.fusions import is_fusion
 
-__all__ = ["ModelSource", "check_output", "fingerprint", "load", "replace_whole", "save", "serialize", "source_name"]
+__all__ = [
+    "ModelSource",
+    "check_output",
+    "fingerprint",
+    "load",
+    "replace_whole",
+    "save",
+    "source_name",
+]
 
 ModelSource: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | ir.Model
-
-_PROTOBUF_LIMIT = 2**31 - 2**24  # a protobuf message stays below 2 GiB; leave room for the graph itself
 
 
 def source_name(source: ModelSource) -> str:
@@ -36,7 +44,7 @@ def load(source: ModelSource) -> ir.Model:
     """
     name = source_name(source)
     if isinstance(source, ir.Model):
-        return _checked(source.clone(), name)
+        return _checked(_with_own_names(source.clone()), name)
     if isinstance(source, onnx.ModelProto):
         return _checked(_from_proto(source, name), name)
     path = Path(source)
@@ -54,10 +62,33 @@ def load(source: ModelSource) -> ir.Model:
 def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     if not proto.opset_import or not proto.graph.node:
         raise KfeError(f"{name}: not an ONNX model (no operator set or no nodes in it)")
+    if proto.graph.sparse_initializer:
+        raise KfeError(f"{name}: sparse initializers are not supported; make them dense")
     try:
-        return ir.from_proto(proto)
+        return _with_own_names(ir.from_proto(proto))
     except Exception as error:
-        raise KfeError(f"{name}: not a valid ONNX model ({str(error).splitlines()[0]})") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outer ones say where, in terms of another library
+            cause = cause.__cause__
+        raise KfeError(f"{name}: cannot be read as an ONNX model ({str(cause).splitlines()[0]})") from error
+
+
+def _with_own_names(model: ir.Model) -> ir.Model:
+    """Constants that can be renamed without renaming them in the message that they were read from."""
+    for value in model.graph.initializers.values():
+        value.const_value = _with_own_name(value.const_value)
+    for node in (node for graph in (model.graph, *model.functions.values()) for node in graph):
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                tensor = _with_own_name(attribute.as_tensor())
+                node.attributes[attribute.name] = ir.Attr(attribute.name, ir.AttributeType.TENSOR, tensor)
+    return model
+
+
+def _with_own_name(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+    if not isinstance(tensor, ir.serde.TensorProtoTensor):
+        return tensor
+    return ir.LazyTensor(lambda: tensor, tensor.dtype, tensor.shape, name=tensor.name, doc_string=tensor.doc_string)
 
 
 def _checked(model: ir.Model, name: str) -> ir.Model:
@@ -77,7 +108,7 @@ def _checked(model: ir.Model, name: str) -> ir.Model:
         known = node.domain != "" or node.op_identifier() in model.functions or onnx.defs.has(node.op_type, opset)
         if not (known or is_fusion(node, opset)):
             raise KfeError(f"{name}: operator {node.op_type} (node '{called}') does not exist in opset {opset}")
-    for tensor in _external_tensors(model):
+    for tensor in external_tensors(model):
         try:
             tensor.numpy()  # maps the file, reads nothing
         except Exception as error:
@@ -90,11 +121,6 @@ def _checked(model: ir.Model, name: str) -> ir.Model:
 
 def _is_defined(value: ir.Value) -> bool:
     return value.producer() is not None or value.is_graph_input() or value.is_initializer()
-
-
-def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    constants = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
-    return [tensor for tensor in constants if isinstance(tensor, ir.ExternalTensor)]
 
 
 def fingerprint(model: ir.Model) -> str:
@@ -131,31 +157,16 @@ def _digest_attribute(digest: hashlib._Hash, attribute: ir.Attr) -> None:
 
 def _digest_tensor(digest: hashlib._Hash, name: str, tensor: ir.TensorProtocol) -> None:
     digest.update(repr((name, tensor.dtype.name, tuple(tensor.shape))).encode())
-    digest.update(tensor.tobytes())
+    if tensor.dtype == ir.DataType.STRING:
+        digest.update(repr(tensor.numpy().tolist()).encode())
+    elif tensor.dtype.bitwidth < 8:
+        digest.update(tensor.tobytes())
+    else:  # without a copy, which of a mapped file would be all that there is in memory
+        digest.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
 
 
 def _names(values: Iterable[ir.Value | None]) -> list[str | None]:
     return [value.name if value is not None else None for value in values]
-
-
-def _weight_bytes(model: ir.Model) -> int:
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-
-
-def serialize(model: ir.Model) -> bytes:
-    """The model as one byte string for ONNX Runtime, external data taken in.
-
-    Raises:
-        KfeError: The model is over protobuf's 2 GiB.
-    """
-    size = _weight_bytes(model)
-    if size > _PROTOBUF_LIMIT:
-        raise KfeError(
-            f"the model has {size / 2**30:.1f} GiB of weights; models over 2 GiB cannot be handled in memory yet"
-        )
-    if _external_tensors(model):
-        model = ir.external_data.load_to_model(model.clone())
-    return ir.to_proto(model).SerializeToString()
 
 
 def check_output(output: str | os.PathLike[str], *inputs: ModelSource) -> Path:
@@ -208,8 +219,8 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         KfeError: Writing failed, for example for want of space.
     """
     target = check_output(path)
-    if _weight_bytes(model) <= _PROTOBUF_LIMIT:
-        replace_whole(target, serialize(model))
+    if fits_one_message(model):
+        replace_whole(target, in_one_message(model))
         return
     data = target.with_name(f"{target.name}.data")
     try:

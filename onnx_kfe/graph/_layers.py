@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_kfe.graph._bodies import bodies
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
 from onnx_kfe.graph._shared import tied
 from onnx_kfe.graph.fusions import reason_kept
@@ -18,6 +19,7 @@ __all__ = ["Geometry", "Layer", "count_macs", "count_parameters", "find_layers",
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _LINEAR = (*_CONVOLUTIONS, "Gemm", "MatMul")
+_RECURRENT = ("LSTM", "GRU", "RNN")
 _LARGEST_PATCH = 12_288  # whose covariance takes 1.2 GB in double precision, several times while it is decomposed
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 Array = npt.NDArray[np.float64]
@@ -94,7 +96,8 @@ class Layer:
 
     Attributes:
         name: Node name, unique in a normalised graph.
-        op_type: Conv, ConvTranspose, Gemm, MatMul, or a fused operator that is in the way of some.
+        op_type: Conv, ConvTranspose, Gemm or MatMul, the recurrent operator whose weight it is, or a fused operator
+            that is in the way of some.
         input: Name of the value that the layer reads.
         output: Name of the value that the layer writes.
         geometry: Shape and cost; None when the shapes could not be inferred.
@@ -129,7 +132,9 @@ class Layer:
 
     @property
     def parameters(self) -> int:
-        """Elements of weight and bias that are constants of this layer."""
+        """Elements of weight and bias that are constants of this layer; of a recurrent one those of its weight."""
+        if self.op_type in _RECURRENT:
+            return self.geometry.weight_parameters if self.geometry else 0
         return sum(
             math.prod(v.shape.numpy()) for v in self.node.inputs if v is not None and v.is_initializer() and v.shape
         )
@@ -190,6 +195,8 @@ def initializer_array(value: ir.Value | None) -> Array:
 def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> list[Layer]:
     """Every linear node of a normalised model, in graph order, those that share a weight `tied`.
 
+    The two weights of every recurrent node are among them.
+
     Args:
         model: A normalised model.
         input_shapes: Shapes of inputs with free axes; a dynamic batch counts as 1.
@@ -197,17 +204,17 @@ def find_layers(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | Non
     nominal = nominal_input_shapes(model, input_shapes)
     shapes = concrete_shapes(model, nominal)
     batch = next((shape[0] for shape in nominal.values() if shape), 1)
-    layers = []
-    for node in model.graph.all_nodes():
+    layers: list[Layer] = []
+    for name, node in _named_nodes(model.graph):
+        if node.op_type in _RECURRENT and node.domain == "":
+            layers += _recurrent_layers(name, node, shapes, batch)
         hidden = _hides_layers(node)
         if not hidden and (node.op_type not in _LINEAR or node.domain != ""):
             continue
         geometry = None if hidden else _geometry(node, shapes, batch)
         reason = reason_kept(node, model.opset_imports.get("", 1)) if hidden else _reason(node, geometry, model.graph)
         x, y = node.inputs[1 - weight_place(node)], node.outputs[0]
-        layers.append(
-            Layer(node.name or "", node.op_type, (x.name if x else "") or "", y.name or "", geometry, reason, node)
-        )
+        layers.append(Layer(name, node.op_type, (x.name if x else "") or "", y.name or "", geometry, reason, node))
     return tied(layers)
 
 
@@ -215,6 +222,16 @@ def _hides_layers(node: ir.Node) -> bool:
     """Whether a fused node of ONNX Runtime has a constant matrix where linear nodes have their weight."""
     weight = node.inputs[1] if node.domain == "com.microsoft" and len(node.inputs) > 1 else None
     return weight is not None and weight.const_value is not None and len(weight.const_value.shape) > 1
+
+
+def _named_nodes(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
+    """All nodes with a name for each: that of those in bodies, which others may have too, behind the operator's."""
+    for node in graph:
+        name = node.name or ""
+        yield name, node
+        for attribute, body in bodies(node).items():
+            for place, (inner_name, inner) in enumerate(_named_nodes(body)):
+                yield f"{name}/{attribute}/{inner_name or place}", inner
 
 
 def _reason(node: ir.Node, geometry: Geometry | None, main: ir.Graph) -> str | None:
@@ -293,8 +310,25 @@ def _geometry(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], batch: int) 
     return Geometry(inputs, outputs, kernel, strides, groups, *sizes, repeats, transposed)
 
 
+def _recurrent_layers(name: str, node: ir.Node, shapes: Mapping[str, tuple[int, ...]], batch: int) -> Iterator[Layer]:
+    """W, which multiplies inputs, and R, which multiplies states: rows are gates, those of both directions together."""
+    x, w, r = (shapes.get(value.name or "") if value is not None else None for value in node.inputs[:3])
+    geometries: list[Geometry | None] = [None, None]
+    if x and w and r:
+        (directions, gates, inputs), steps = w, math.prod(x[:2]) // batch
+        geometries = [
+            Geometry(inputs, directions * gates, repeats=steps),
+            Geometry(directions * r[2], directions * gates, groups=directions, repeats=steps),
+        ]
+    source, output = node.inputs[0], next((value.name for value in node.outputs if value.name), "")
+    for weight, geometry in zip("WR", geometries, strict=True):
+        yield Layer(
+            f"{name}/{weight}", node.op_type, (source.name if source else "") or "", output, geometry, "recurrent", node
+        )
+
+
 def count_macs(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> int:
-    """Multiply-accumulates of one sample in all convolutions and matrix products, constant weights or not."""
+    """Multiply-accumulates of one sample in all linear and recurrent nodes, constant weights or not."""
     return sum(layer.macs for layer in find_layers(model, input_shapes))
 
 

@@ -1,8 +1,9 @@
 """Bring a model into the form that every later step assumes, without changing what it computes.
 
-Fused operators of ONNX Runtime are decomposed, BatchNormalization is folded, constants are initializers, weights pass
-through no Identity, Transpose, Reshape or Cast, products have the shapes that layers have, every node has a unique
-name, initializers are no graph inputs, and shapes are inferred with their symbolic dimensions kept.
+Fused operators of ONNX Runtime are decomposed, functions inlined and BatchNormalization folded, constants are
+initializers, weights pass through no Identity, Transpose, Reshape or Cast, products have the shapes that layers have,
+every node has a unique name, initializers are no graph inputs, and shapes are inferred with their symbolic dimensions
+kept. Bodies of control-flow operators stay as they are.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph._io import serialize
+from onnx_kfe.graph._bodies import bodies, seal, unseal
 from onnx_kfe.graph._products import ProductPass
+from onnx_kfe.graph._serialize import in_one_message
 from onnx_kfe.graph._shapes import infer_shapes
 from onnx_kfe.graph.fusions import expand_fusions
 
@@ -37,6 +39,7 @@ _SKIPPED_OPTIMIZERS = [
 ]
 _LAYOUTS = {"com.microsoft.nchwc", "com.ms.internal.nhwc"}
 _FOLDING_LIMIT = 2**28  # bytes of a constant, transposed weights among them
+_ROUNDS = 2  # of folding, which makes room for rewriting and the other way round
 
 
 def normalize(model: ir.Model) -> ir.Model:
@@ -46,25 +49,71 @@ def normalize(model: ir.Model) -> ir.Model:
         KfeError: The model is quantised or laid out for one processor: that comes after pruning.
     """
     _reject_finished(model)
-    named = model.clone()
+    named = _without_functions(model.clone())
+    for node in named.graph.all_nodes():  # ONNX Runtime's tools leave their own unsaid
+        named.opset_imports.setdefault(node.domain, 1)
     _name_nodes(named.graph)  # before onnxsim numbers the nodes without a name
     expand_fusions(named)
     simplified = _simplify(named)
+    # With a condition that is constant an If vanishes; where one stays, it is all done again without its bodies.
+    sealed = seal(named, [node.name for node in simplified.graph if bodies(node)])
+    if sealed:
+        simplified = _simplify(named)
     passes = ir.passes.Sequential(
-        common.InlinePass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.RemoveInitializersFromInputsPass(),
-        common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
     )
     simplified = passes(simplified).model
+    _eliminate_identities(simplified.graph)
+    unseal(simplified, sealed)
     _name_nodes(simplified.graph)
     _restore_interface(simplified, model)
     infer_shapes(simplified)
     if ProductPass()(simplified).modified:
         infer_shapes(simplified)
     return simplified
+
+
+def _without_functions(model: ir.Model) -> ir.Model:
+    """The model with its functions inlined, in place."""
+    if not model.functions:
+        return model
+    try:
+        inlined = common.InlinePass()(model).model
+    except Exception as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise KfeError(f"the functions of the model cannot be inlined: {reason}") from error
+    inlined.functions.clear()
+    _rename_apart(inlined.graph)
+    return inlined
+
+
+def _rename_apart(graph: ir.Graph) -> None:
+    """Rename values of the main graph whose names values inside bodies have too, which inlining does not look at."""
+    inside: set[str] = set()
+    for body in graph.subgraphs():
+        if body is not graph:
+            values = (*body.inputs, *body.initializers.values(), *(value for node in body for value in node.outputs))
+            inside |= {value.name for value in values if value.name}
+    taken = inside | {value.name or "" for node in graph for value in node.outputs} | set(graph.initializers)
+    for value in (value for node in graph for value in node.outputs if value.name in inside):
+        value.name = _unique(value.name or "", taken)
+        taken.add(value.name)
+
+
+def _eliminate_identities(graph: ir.Graph) -> None:
+    """Remove Identity but where an output of the graph would be an input, a constant or another output."""
+    for node in [node for node in graph if node.op_type == "Identity" and not node.domain]:
+        value, output = node.inputs[0], node.outputs[0]
+        assert value is not None
+        if output.is_graph_output():
+            if value.producer() is None or value.is_graph_output():
+                continue
+            value.name, value.type, value.shape = output.name, output.type, output.shape
+        ir.convenience.replace_all_uses_with(output, value, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
 
 def _reject_finished(model: ir.Model) -> None:
@@ -83,7 +132,7 @@ def _reject_finished(model: ir.Model) -> None:
 def _simplify(model: ir.Model) -> ir.Model:
     """onnxsim; where it fails, onnxscript's optimizer; where that fails too, the model as it is."""
     with contextlib.suppress(KfeError):
-        proto = onnx.ModelProto.FromString(serialize(model))
+        proto = onnx.ModelProto.FromString(in_one_message(model))
         try:
             import onnxsim
 
@@ -94,23 +143,37 @@ def _simplify(model: ir.Model) -> ir.Model:
         except Exception as error:
             logger.info("onnxsim could not simplify the model (%s); onnxscript's optimizer is used", error)
     try:
-        import onnxscript.optimizer
-
-        copy = model.clone()
-        limit = _FOLDING_LIMIT // 4  # elements
-        onnxscript.optimizer.optimize_ir(copy, input_size_limit=limit, output_size_limit=limit)
-        return copy
+        return _simplify_in_memory(model.clone())
     except Exception as error:
         logger.info("onnxscript could not optimize the model (%s); it is used as it is", error)
-        return model
+        return model.clone()
+
+
+def _simplify_in_memory(model: ir.Model) -> ir.Model:
+    """Onnxscript's folding and rewriting, in place; not all of its optimizer, which merges equal initializers."""
+    import onnxscript.optimizer
+    import onnxscript.rewriter
+
+    limit = _FOLDING_LIMIT // 4  # elements
+    for _ in range(_ROUNDS):
+        onnxscript.optimizer.fold_constants_ir(
+            model, onnx_shape_inference=True, input_size_limit=limit, output_size_limit=limit, should_fold=_may_fold
+        )
+        model = onnxscript.rewriter.rewrite(model)
+    return model
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """None for the default: texts would be folded to what cannot be written."""
+    values = [value for value in (*node.inputs, *node.outputs) if value is not None]
+    return False if any(value.dtype == ir.DataType.STRING for value in values) else None
 
 
 def _name_nodes(graph: ir.Graph) -> None:
     """Layers are known by node name across files, so every node gets a stable, unique one; names that are keep."""
-    nodes = list(graph.all_nodes())
-    taken = {node.name for node in nodes if node.name}
+    taken = {node.name for node in graph.all_nodes() if node.name}
     seen: set[str] = set()
-    for node in nodes:
+    for node in graph:
         if not node.name or node.name in seen:
             output = next((value.name for value in node.outputs if value.name), "node")
             node.name = _unique(f"{node.op_type}_{output}", taken)

@@ -146,8 +146,12 @@ def _solve_blocks(matrix: Array, input_factor: Array, output_factor: Array, grou
     ``B_p = W[p, :] A[:, p] A[p, p]^(-1)`` group by group, whatever G is within them. As it is not, outputs of one group
     make up for those of another, and the system is coupled; the blocks ``G[p, p] (x) A[p, p]`` precondition it.
     """
-    inner, outer = (_inverse_blocks(factor, groups) for factor in (input_factor, output_factor))
     outputs, inputs = matrix.shape
+    seen = matrix @ input_factor
+    total = loss = 0.5 * float(np.vdot(output_factor @ matrix, seen))
+    if total <= 0:  # a dead layer, whose factors have no inverses
+        return np.zeros((groups, outputs // groups, inputs // groups)), 0.0
+    inner, outer = (_inverse_blocks(factor, groups) for factor in (input_factor, output_factor))
 
     def weighted(seen: Array) -> Array:
         """``G seen`` on the blocks, for ``[o, i]``."""
@@ -158,8 +162,6 @@ def _solve_blocks(matrix: Array, input_factor: Array, output_factor: Array, grou
         seen = blocks @ input_factor.reshape(groups, inputs // groups, inputs)
         return weighted(seen.reshape(outputs, inputs))
 
-    seen = matrix @ input_factor
-    total = loss = 0.5 * float(np.vdot(output_factor @ matrix, seen))
     residual = weighted(seen)
     blocks = np.zeros_like(residual)
     direction = outer @ residual @ inner

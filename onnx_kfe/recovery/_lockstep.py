@@ -18,7 +18,7 @@ from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.recovery._samples import Activation, Block, Samples
 from onnx_kfe.recovery._segments import Frontier, ancestors, join
 from onnx_kfe.rewrite import Chain, FactorizePass, RemovePass
-from onnx_kfe.runtime import create_session
+from onnx_kfe.runtime import create_session, feeds_for
 
 __all__ = ["FEWEST_SAMPLES", "Lockstep"]
 
@@ -225,7 +225,7 @@ class Lockstep:
             feeds = {name: self._kept.get(place, name) for name in inputs if name != _PHASE}
             if _PHASE in inputs:  # successive batches take successive rows
                 feeds[_PHASE] = np.full(3, place, np.int64)
-            found = session.run([*outputs, *sampled], feeds)
+            found = session.run([*outputs, *sampled], feeds_for(session, feeds))
             for name, array in zip(outputs, found, strict=False):
                 self._kept.put(place, name, array)
             x, y, *beside = found[len(outputs) :]

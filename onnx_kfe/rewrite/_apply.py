@@ -9,12 +9,11 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 import onnx_kfe
 from onnx_kfe.calibration import Statistics
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Geometry, Network, serialize
+from onnx_kfe.graph import Geometry, Network, in_one_message, infer_shapes
 from onnx_kfe.planning import FORMS, REMOVED, Candidate, LayerProblem, Link, Plan, Stage, compose, removal_loss
 from onnx_kfe.rewrite._absorb import AbsorbPass
 from onnx_kfe.rewrite._factorize import Chain, FactorizePass
@@ -117,7 +116,7 @@ def write_chains(network: Network, plan: Plan, statistics: Statistics | None, ch
     chains = {name: chain for name, chain in chains.items() if not chain.layer.twins}
     model = _merged(model, chains)
     model.metadata_props["onnx_kfe"] = _provenance(network, plan, statistics)
-    model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
+    infer_shapes(model)
     model = AbsorbPass(lambda node: _chain_of(node, chains) is not None)(model).model
     _check(model, network.name)
     return model
@@ -181,10 +180,13 @@ def _provenance(network: Network, plan: Plan, statistics: Statistics | None) -> 
 
 def _check(model: ir.Model, name: str) -> None:
     try:
-        serialized = serialize(model)
+        proto = onnx.ModelProto.FromString(in_one_message(model))
     except KfeError:
         return  # over 2 GiB: checked by whoever loads it, the checker needs the model in one message
+    for info in proto.graph.output:  # ONNX Runtime does without shapes of outputs, the checker does not
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.shape.SetInParent()
     try:
-        onnx.checker.check_model(serialized)
+        onnx.checker.check_model(proto)
     except Exception as error:
         raise KfeError(f"{name}: the rewritten graph is invalid, please report this: {error}") from error

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
-from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from onnx_kfe.graph import LayerCut, Network, find_groups, find_layers
+from onnx_kfe.graph import LayerCut, Network, find_groups, find_layers, infer_shapes
 from onnx_kfe.graph.groups import Constant, Keep, Site
 from onnx_kfe.rewrite._editor import Editor, unclear_names
 
@@ -57,7 +57,7 @@ class ChannelPass(InPlacePass):
         sites = [site for site in groups.sites if not np.all(keep(site.ids))]
         _write(_edited(sites, keep), Editor(model.graph))
         RemoveUnusedNodesPass()(model)
-        _infer_shapes(model)
+        _infer_anew(model)
         return PassResult(model, modified=bool(sites))
 
     def ensures(self, model: ir.Model) -> None:
@@ -71,15 +71,11 @@ class ChannelPass(InPlacePass):
                 raise PostconditionError(f"layer {layer.name} has {found} channels and groups")
 
 
-def _infer_shapes(model: ir.Model) -> None:
-    """Infer the shapes of values anew, but leave outputs as they are declared."""
-    declared = {value: value.shape.copy() for value in model.graph.outputs if value.shape is not None}
-    for node in model.graph:
-        for value in node.outputs:
-            value.shape = declared.get(value)
-    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    for value, shape in declared.items():
-        value.shape = shape
+def _infer_anew(model: ir.Model) -> None:
+    """Infer the shapes of values anew."""
+    for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
+        value.shape = None
+    infer_shapes(model)
 
 
 def _edited(sites: Sequence[Site], keep: Keep) -> dict[_Place, Constant]:

@@ -19,12 +19,12 @@ from onnx_kfe.calibration import Head, Statistics, _patches, _weight_file, colle
 from onnx_kfe.calibration import input_specs as specs_of
 from onnx_kfe.calibration._instrument import Instrumented, Probe
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Network, _io, open_network, serialize
+from onnx_kfe.graph import Network, _serialize, open_network, serialize
 from onnx_kfe.kfe import predicted_loss
-from onnx_kfe.runtime import create_session
+from onnx_kfe.runtime import Mapped, create_session
 from tests.cases import INPUT, load_case
 from tests.tied import pyramid, samples, siamese, stacked, upsampled
-from tests.tiny import weights
+from tests.tiny import node, tiny, weights
 from tests.topologies import Builder
 from tools.bench_memory import encoder
 from tools.torch_oracle import Noise, Output, TorchOracle, relative_error
@@ -311,7 +311,7 @@ def test_models_that_no_protobuf_holds_are_collected(monkeypatch: pytest.MonkeyP
     expected = collected(open_network(tmp_path / "encoder.onnx"), feeds)
     assert not expected.skipped
 
-    monkeypatch.setattr(_io, "_PROTOBUF_LIMIT", 2**18)
+    monkeypatch.setattr(_serialize, "_PROTOBUF_LIMIT", 2**18)
     monkeypatch.setattr(_weight_file, "_MOST_PREPACKED", 2**18)
     prepacked: list[bool] = []
 
@@ -322,8 +322,7 @@ def test_models_that_no_protobuf_holds_are_collected(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(_weight_file, "create_session", create)
     network = open_network(tmp_path / "encoder.onnx")
-    with pytest.raises(KfeError, match="over 2 GiB"):
-        serialize(network.model)
+    assert isinstance(serialize(network.model), Mapped)
     found = collected(network, feeds)
     assert prepacked == [False, False]  # forward, and forward with backward
     assert set(found.layers) == set(expected.layers)
@@ -483,6 +482,31 @@ def test_gaussian_heads_are_measured_in_their_own_deviation():
     (head,) = collected(network, feeds).heads
     outputs = feeds["x"].astype(np.float64) @ network.prunable[0].weight()[0].T
     assert head.scale == pytest.approx(outputs.std(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_output_without_elements_has_no_deviation():
+    constants = {"w": np.eye(4, 3, dtype=np.float32), "zero": np.array([0]), "one": np.array([1])}
+    nodes = [node("MatMul", ["x", "w"], ["y"]), node("Slice", ["y", "zero", "zero", "one"], ["nothing"])]
+    model = tiny(nodes, {"x": ["n", 4]}, {"y": ["n", 3], "nothing": ["n", 0]}, constants)
+    statistics = collected(open_network(model), {"x": weights(20, 4)})
+    assert {head.output: head.scale for head in statistics.heads}["nothing"] == 1.0
+    assert len(statistics.layers) == 1
+
+
+def test_inputs_that_cannot_be_fed_are_named():
+    model = parser.parse_model(
+        """
+    <ir_version: 8, opset_import: ["" : 17]>
+    agraph (float[N, 4] x, seq(float[N, 4]) s) => (float[N, 4] y) { y = Relu(x) }
+    """
+    )
+    with pytest.raises(KfeError, match="input 's' is no tensor"):
+        specs_of(open_network(model).model)
+    del model.graph.input[1]
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(KfeError, match="input 'x' has no declared shape: declare one"):
+        specs_of(open_network(model).model)
 
 
 def test_predicted_loss_converges_to_the_true_fisher():

@@ -46,6 +46,11 @@ def test_detection_by_the_last_activation(body: str, kind: str, source: str):
     assert (head.output, head.kind, head.source) == ("y", kind, source)
 
 
+def test_outputs_that_are_no_tensors_carry_no_loss():
+    made = graph("y = Relu(h) s = SequenceConstruct(h, y)", "float[N, 4] y, seq(float[N, 4]) s")
+    assert [head.output for head in detect_heads(made)] == ["y"]
+
+
 def test_log_probabilities_are_logits():
     random = np.random.default_rng(0)
     old, new = (scipy.special.log_softmax(random.standard_normal((9, 4)), 1).astype(np.float32) for _ in range(2))

@@ -185,8 +185,8 @@ UNFIT = {
         r"has 2 outputs \(l, k\); a loss has one",
     ),
     "another type": (
-        graph(inputs="double[M, 5] logits, int64[M] labels"),
-        r"its input 'logits' is double \[M, 5\], the model's is float \[N, 5\]",
+        graph(inputs="int64[M, 5] logits, int64[M] labels"),
+        r"its input 'logits' is int64 \[M, 5\], the model's is float \[N, 5\]",
     ),
     "another rank": (
         graph(inputs="float[M, 5, 1] logits, int64[M] labels"),

@@ -21,6 +21,12 @@ def compared(spec, old, new, splits=()):
     return comparison.result()
 
 
+def test_outputs_without_elements_do_not_differ():
+    empty = np.zeros((5, 3, 0), np.float32)
+    quality = compared(HeadSpec("y", "gaussian"), empty, empty, [2])
+    assert (quality.relative_error, quality.nats) == (0.0, None)
+
+
 @pytest.mark.parametrize("hits", [0, 1, 37, 99, 100])
 def test_wilson_interval(hits):
     known = stats.binomtest(hits, 100).proportion_ci(method="wilson")

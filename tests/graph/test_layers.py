@@ -109,6 +109,32 @@ def test_products_by_hand(model, positions):
     assert layer.prunable
 
 
+@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_weights_of_recurrent_operators_by_hand(kind, gates, directions):
+    """7 steps of 5 inputs and 6 states."""
+    arrays = {"w": weights(directions, gates * 6, 5), "r": weights(directions, gates * 6, 6)}
+    direction = "bidirectional" if directions == 2 else "forward"
+    nodes = [node(kind, ["x", "w", "r"], ["y"], "cell", hidden_size=6, direction=direction)]
+    inputs, states = find_layers(load(tiny(nodes, {"x": [7, 1, 5]}, {"y": [7, directions, 1, 6]}, arrays)))
+    assert (inputs.name, states.name) == ("cell/W", "cell/R")
+    assert [layer.reason for layer in (inputs, states)] == ["recurrent"] * 2
+    assert [layer.op_type for layer in (inputs, states)] == [kind] * 2
+    assert [layer.parameters for layer in (inputs, states)] == [arrays["w"].size, arrays["r"].size]
+
+
+def test_multiplications_of_recurrent_operators_are_counted():
+    """One sample of 7 steps; the batch is the second axis."""
+    arrays = {"w": weights(2, 24, 5), "r": weights(2, 24, 6), "u": weights(5, 5)}
+    nodes = [
+        node("MatMul", ["x", "u"], ["h"], "before"),
+        node("Transpose", ["h"], ["t"], perm=[1, 0, 2]),
+        node("LSTM", ["t", "w", "r"], ["y"], "cell", hidden_size=6, direction="bidirectional"),
+    ]
+    before, inputs, states = find_layers(load(tiny(nodes, {"x": ["n", 7, 5]}, {"y": [7, 2, "n", 6]}, arrays)))
+    assert [layer.macs for layer in (before, inputs, states)] == [7 * 25, 7 * 2 * 24 * 5, 7 * 2 * 24 * 6]
+
+
 @pytest.mark.parametrize(("leading", "positions"), [(["n"], 7), (["n", 2, 3], 42), ([4, 2], 14)])
 def test_products_with_the_constant_on_the_left_by_hand(leading, positions):
     x, y = [*leading, 6, 7], [*leading, 8, 7]

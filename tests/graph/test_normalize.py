@@ -13,7 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import find_layers, fingerprint, load, normalize, serialize
+from onnx_kfe.graph import _serialize, find_layers, fingerprint, in_one_message, load, normalize
 from tests.cases import CASES, load_case
 from tests.tiny import node, run, serialized, tiny, weights
 from tools.bench_memory import encoder
@@ -123,10 +123,26 @@ def test_weights_behind_identity_and_constants_are_resolved():
     np.testing.assert_allclose(run(normal, feeds)["y"], run(model, feeds)["y"], rtol=1e-5, atol=1e-6)
 
 
-def test_equal_initializers_are_not_tied_together():
+@pytest.mark.parametrize("simplifier", ["onnxsim", "onnxscript"])
+def test_equal_initializers_are_not_tied_together(monkeypatch, simplifier):
+    import onnxsim
+
+    if simplifier == "onnxscript":
+        monkeypatch.setattr(onnxsim, "simplify", fails)
     nodes = [node("Gemm", ["x", "a"], ["h"]), node("Relu", ["h"], ["r"]), node("Gemm", ["r", "b"], ["y"])]
     model = tiny(nodes, {"x": ["n", 4]}, {"y": ["n", 4]}, {"a": weights(4, 4), "b": weights(4, 4)})
     assert [layer.reason for layer in find_layers(normalize(load(model)))] == [None, None]
+
+
+def test_an_output_by_two_names_has_both():
+    nodes = [node("Gemm", ["x", "w"], ["h"], "g"), node("Identity", ["h"], ["one"]), node("Identity", ["h"], ["two"])]
+    model = tiny(nodes, {"x": ["n", 4]}, {"one": ["n", 4], "two": ["n", 4]}, {"w": weights(4, 4)})
+    normal = normalize(load(model))
+    feeds = {"x": weights(2, 4, seed=3)}
+    found, wanted = run(normal, feeds), run(model, feeds)
+    assert list(found) == ["one", "two"]
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-6)
 
 
 def test_an_output_that_is_a_weight_or_an_input_survives():
@@ -146,7 +162,7 @@ def test_an_unused_input_stays():
 
 
 def test_nodes_get_names_that_do_not_disturb_those_that_have_one():
-    """The second node has the name that the first would get, the fourth that of the third; a body has them too."""
+    """The second node has the name that the first would get, the fourth that of the third; bodies keep theirs."""
     body = tiny([node("Neg", ["a"], ["e"], "same")], {}, {"e": [1, 4]}).graph
     other = tiny([node("Abs", ["a"], ["e"], "same")], {}, {"e": [1, 4]}).graph
     nodes = [
@@ -160,8 +176,9 @@ def test_nodes_get_names_that_do_not_disturb_those_that_have_one():
         node("Add", ["d", "e"], ["y"]),
     ]
     normal = normalize(load(tiny(nodes, {"x": [1, 4]}, {"y": [1, 4]})))
-    names = [n.name for n in normal.graph.all_nodes()]
+    names = [n.name for n in normal.graph]
     assert len(set(names)) == len(names)
+    assert [n.name for n in normal.graph.all_nodes() if n.graph is not normal.graph] == ["same", "same"]
     by_kind = {n.op_type: n.name for n in normal.graph}
     assert by_kind["Sin"] == "Relu_a"
     assert by_kind["Cos"] == "same"
@@ -185,6 +202,34 @@ def test_functions_are_inlined():
     np.testing.assert_allclose(run(normal, feeds)["y"], run(model, feeds)["y"], rtol=1e-5, atol=1e-6)
 
 
+def test_values_of_functions_are_kept_apart_from_those_in_bodies():
+    """A function and the bodies of an If both call a value h."""
+    inner = [node("Neg", ["a"], ["h"]), node("Relu", ["h"], ["b"])]
+    function = helper.make_function("local", "Layer", ["a"], ["b"], inner, [helper.make_opsetid("", 17)])
+    body = tiny([node("Abs", ["y"], ["h"]), node("Sqrt", ["h"], ["r"])], {}, {"r": ["n", 4]}).graph
+    nodes = [
+        node("Layer", ["x"], ["y"], domain="local"),
+        node("Size", ["x"], ["s"]),
+        node("Cast", ["s"], ["t"], to=9),
+        node("If", ["t"], ["z"], then_branch=body, else_branch=body),
+    ]
+    opsets = [helper.make_opsetid("local", 1)]
+    model = tiny(nodes, {"x": ["n", 4]}, {"z": ["n", 4]}, opsets=opsets, functions=[function])
+    feeds = {"x": weights(2, 4, seed=1)}
+    np.testing.assert_allclose(run(normalize(load(model)), feeds)["z"], run(model, feeds)["z"], rtol=1e-6)
+
+
+def test_functions_that_cannot_be_inlined_are_said_to_be():
+    body = [node("Relu", ["a"], ["b"])]
+    function = helper.make_function("local", "Layer", ["a"], ["b"], body, [helper.make_opsetid("", 16)])
+    model = tiny(
+        [node("Layer", ["x"], ["y"], domain="local")], {"x": ["n", 4]}, {"y": ["n", 4]},
+        opsets=[helper.make_opsetid("local", 1)], functions=[function],
+    )  # fmt: skip
+    with pytest.raises(KfeError, match="functions of the model cannot be inlined: Opset mismatch"):
+        normalize(load(model))
+
+
 @pytest.mark.parametrize("kind", ["QuantizeLinear", "ConvInteger", "QLinearMatMul"])
 def test_quantised_models_are_refused_with_advice(kind):
     model = ir.from_proto(tiny([node(kind, ["x"] * 8, ["y"], "q")], {"x": [1, 4]}, {"y": [1, 4]}))
@@ -205,7 +250,7 @@ def test_simplifiers_that_fail_are_done_without(monkeypatch, name, both):
     whole = Counter(n.op_type for n in normalize(load(case.model)).graph)
     monkeypatch.setattr(onnxsim, "simplify", fails)
     if both:
-        monkeypatch.setattr(onnxscript.optimizer, "optimize_ir", fails)
+        monkeypatch.setattr(onnxscript.optimizer, "fold_constants_ir", fails)
     normal = normalize(load(case.model))
     kinds = Counter(n.op_type for n in normal.graph)
     assert not kinds["Constant"]
@@ -244,6 +289,16 @@ def test_weights_that_pass_through_something_are_folded(monkeypatch, kind, simpl
     np.testing.assert_allclose(run(normal, x)["y"], run(model, x)["y"], rtol=1e-5, atol=1e-5)
 
 
+def test_texts_are_left_where_onnxsim_fails(monkeypatch):
+    import onnxsim
+
+    monkeypatch.setattr(onnxsim, "simplify", fails)
+    nodes = [node("Relu", ["x"], ["y"]), node("Identity", ["t"], ["same"])]
+    model = tiny(nodes, {"x": [2]}, {"y": [2], "same": [2]}, {"t": np.array(["ä", ""], object)})
+    model.graph.output[1].type.tensor_type.elem_type = onnx.TensorProto.STRING
+    assert run(normalize(load(model)), {"x": weights(2)})["same"].tolist() == ["ä", ""]
+
+
 def test_missing_simplifiers_are_done_without(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxsim", None)
     monkeypatch.setitem(sys.modules, "onnxscript.optimizer", None)
@@ -252,16 +307,14 @@ def test_missing_simplifiers_are_done_without(monkeypatch):
 
 
 def test_models_too_large_for_one_message_are_normalised_too(monkeypatch):
-    from onnx_kfe.graph import _io
-
     case = load_case("plain-13")
     whole = [layer.geometry for layer in find_layers(normalize(load(case.model)))]
-    monkeypatch.setattr(_io, "_PROTOBUF_LIMIT", 100)
+    monkeypatch.setattr(_serialize, "_PROTOBUF_LIMIT", 100)
     normal = normalize(load(case.model))
     assert [layer.geometry for layer in find_layers(normal)] == whole
     assert not any(n.op_type == "BatchNormalization" for n in normal.graph)
     with pytest.raises(KfeError):
-        serialize(normal)
+        in_one_message(normal)
     inputs = case.inputs(3)
     np.testing.assert_allclose(run(normal, inputs)["logits"], run(case.model, inputs)["logits"], rtol=1e-4, atol=1e-4)
 

@@ -132,3 +132,13 @@ def test_dead_channels_and_dead_weights_stay_finite(rng):
         form = block_diagonal(other, a, white, 2)
         assert np.isfinite(form.weight).all()
         assert np.isfinite(form.loss)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dead", ["weight", "inputs", "outputs"])
+def test_a_dead_layer_loses_nothing(rng, dead):
+    weight = rng.normal(size=(8, 8, 3, 3)) * (dead != "weight")
+    input_factor, output_factor = covariance(rng, 72) * (dead != "inputs"), covariance(rng, 8) * (dead != "outputs")
+    found = block_diagonal(weight, input_factor, whiten(output_factor), 2)
+    assert found.loss == 0
+    assert not found.weight.any()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnx_kfe.graph._bodies import captured
 from onnx_kfe.graph._layers import Layer
 from onnx_kfe.graph._network import Network
 from onnx_kfe.graph._shapes import concrete_shapes, nominal_input_shapes
@@ -64,7 +65,7 @@ def _enlarged(model: ir.Model, nominal: Mapping[str, tuple[int, ...]]) -> dict[s
 
 def _visit(flow: Flow, node: ir.Node) -> None:
     """Pass coordinates through a node."""
-    for value in _captured(node):
+    for value in captured(node):
         _freeze(flow, node, flow.values.get(value, ()), "has a body that reads it")
         _freeze(flow, node, axes_of(flow.sizes.get(value, ())), "has a body that reads the size of it")
     read = [value for value in node.inputs if value is not None and value in flow.values]
@@ -90,15 +91,6 @@ def _rule(node: ir.Node) -> Rule:
 def _freeze(flow: Flow, node: ir.Node, axes: Axes, what: str) -> None:
     for ids in axes:
         flow.freeze(node, ids, what)
-
-
-def _captured(node: ir.Node) -> Iterator[ir.Value]:
-    """The values that the bodies of a control-flow operator read from around them."""
-    for attribute in node.attributes.values():
-        bodies = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else []
-        for body in attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else bodies:
-            yield from (value for inner in body.all_nodes() for value in inner.inputs if value is not None)
-            yield from body.outputs
 
 
 def _linear(flow: Flow, layers: Sequence[Layer]) -> dict[str, Linear]:
