@@ -149,7 +149,7 @@ def _solve_blocks(matrix: Array, input_factor: Array, output_factor: Array, grou
     outputs, inputs = matrix.shape
     seen = matrix @ input_factor
     total = loss = 0.5 * float(np.vdot(output_factor @ matrix, seen))
-    if total <= 0:  # a dead layer, whose factors have no inverses
+    if total <= _TINY:  # a dead layer, whose factors have no inverses
         return np.zeros((groups, outputs // groups, inputs // groups)), 0.0
     inner, outer = (_inverse_blocks(factor, groups) for factor in (input_factor, output_factor))
 
