@@ -96,6 +96,11 @@ def _cifar_rows() -> Iterator[tuple[np.ndarray, int]]:
     return zip(*cifar10("train", 0, 10_000), strict=True)
 
 
+def _cifar_top1(session: Any, count: int = 5_000, preset: str = "") -> float:
+    """Top-1 of the first `count` test images, in percent."""
+    return float(_reference().cifar10(session, count, preset)["top1"])
+
+
 def _cct_rows() -> Iterator[tuple[np.ndarray, int]]:
     images, labels = _reference().cifar_images("train")
     return zip(_reference().cifar_batch(images, **_reference().CIFAR_CCT), labels.astype(int), strict=True)
@@ -153,24 +158,20 @@ class Asset:
 
 
 MODELS: dict[str, Asset] = {
-    "resnet20": Asset("cifar10_resnet20.onnx", _cifar_rows),
-    "resnet32": Asset("cifar10_resnet32.onnx", _cifar_rows),
+    "resnet20": Asset("cifar10_resnet20.onnx", _cifar_rows, score=_cifar_top1),
+    "resnet32": Asset("cifar10_resnet32.onnx", _cifar_rows, score=_cifar_top1),
     "mobilenet": Asset("mobilenet_v2_tv.onnx", lambda: _imagenet("mobilenet"), "imagenet"),
     "lite0": Asset("efficientnet_lite0.onnx", lambda: _imagenet("lite0"), "efficientnet-lite"),
     "squeezenet": Asset("squeezenet1_1_ndf.onnx", lambda: _imagenet("squeezenet"), "caffe"),
-    "resnet20_bn": Asset("cifar10_resnet20_bn.onnx", _cifar_rows),
-    "cct": Asset(
-        "cifar10_cct_vit.onnx",
-        _cct_rows,
-        score=lambda run: _reference().cifar10(run, 2_000, "cct")["top1"],
-    ),
+    "resnet20_bn": Asset("cifar10_resnet20_bn.onnx", _cifar_rows, score=_cifar_top1),
+    "cct": Asset("cifar10_cct_vit.onnx", _cct_rows, score=lambda run: _cifar_top1(run, 2_000, "cct")),
     "dncnn": Asset("dncnn_b.onnx", _noisy_crops, score=lambda run: _reference().denoise(run, None, "")["psnr"]),
     "ocr": Asset(
         "ch_PP-OCRv4_rec_infer.onnx",
         _receipt_lines,
         score=lambda run: 100 * (1 - _reference().ocr(run, 400, "")["cer"]),
     ),
-    "vgg16": Asset("vgg16_brain_tumor.onnx", _mri),
+    "vgg16": Asset("vgg16_brain_tumor.onnx", _mri, score=lambda run: _reference().mri(run, 200, "")["top1"]),
 }
 """By the short names that the tools take."""
 

@@ -33,7 +33,7 @@ from tools.assets import MODELS
 from tools.latency_table import Printed, statistics_of
 
 ALLOWED = 0.01
-SCORED = 200
+SCORED = 400
 BATCHES = (1, 8)
 
 

@@ -14,6 +14,7 @@ from onnx_kfe.kfe import Array
 __all__ = ["Attempt", "meets", "search"]
 
 TOLERANCE = 0.02  # share of the MACs within which the answer is known
+_LEAST_SAVING = 0.002  # share of the MACs below which a smaller model is none
 MOST_ATTEMPTS = 8
 _STEP = 0.9 * TOLERANCE  # from an end that may be the answer: close enough to settle it
 _MARGIN = 0.1  # share of the bracket by which other attempts keep away from its ends
@@ -92,8 +93,9 @@ class _Bracket(Generic[AnyAttempt]):
 
     @property
     def narrow(self) -> bool:
-        """Whether more attempts would tell little."""
-        return self._row != 0 and self.high - self.low <= TOLERANCE
+        """Whether more attempts would tell little: while none has met the floor, even a little smaller is much."""
+        saves = self.met is not None or self.high < 1
+        return self._row != 0 and self.high - self.low <= (TOLERANCE if saves else _LEAST_SAVING)
 
     def add(self, budget: float, attempt: AnyAttempt) -> None:
         """Learn from an attempt at a budget; a model that comes out smaller is the best up to that budget."""

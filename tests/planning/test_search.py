@@ -74,6 +74,14 @@ def test_noise_misleads_but_never_past_what_was_measured(seed):
     assert predicted(best.fraction) == pytest.approx((0.05 / 0.3) ** 2, rel=1.5)
 
 
+@pytest.mark.parametrize("answer", [0.985, 0.99, 0.995])
+def test_a_little_smaller_is_found_where_more_is_too_much(answer):
+    attempts, best = search(attempted(lambda fraction: 0.0 if fraction > answer else 0.9)[0], FRONTIER, 0.01)
+    assert best is not None
+    assert answer < best.fraction < 1
+    assert len(attempts) <= MOST_ATTEMPTS
+
+
 def test_a_plateau_at_the_very_floor_takes_hardly_more_than_bisection():
     attempt, asked = attempted(lambda fraction: 0.05 if fraction > 0.606 else 0.2)
     _, best = search(attempt, FRONTIER, 0.05)
