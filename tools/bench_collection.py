@@ -30,7 +30,8 @@ import torch
 import onnx_kfe as kfe
 from onnx_kfe import calibration
 from onnx_kfe.calibration import Head, Statistics, batch_size, find_heads, input_specs, open_dataset
-from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, grid_strides
+from onnx_kfe.calibration._grid import grid_strides
+from onnx_kfe.calibration._moments import _INPUT_COST, _OUTPUT_COST
 from onnx_kfe.evaluation._child import peak_memory
 from onnx_kfe.graph import Layer, Network, serialize
 from onnx_kfe.runtime import create_session, default_threads

@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 
 import onnx_kfe as kfe
-from onnx_kfe.calibration import Head, Statistics, _collect, _patches, find_heads, sample_noise
+from onnx_kfe.calibration import Head, Statistics, _collect, _moments, find_heads, sample_noise
 from onnx_kfe.graph import Network, serialize
 from onnx_kfe.runtime import create_session
 from tools.assets import MODELS
@@ -41,7 +41,7 @@ SAME, FREE, GRID = "all positions", "as is", "grid"
 @contextmanager
 def all_positions() -> Iterator[None]:
     """Statistics are collected at every position, whatever they cost."""
-    with mock.patch.multiple(_patches, _INPUT_COST=math.inf, _OUTPUT_COST=math.inf):
+    with mock.patch.multiple(_moments, _INPUT_COST=math.inf, _OUTPUT_COST=math.inf):
         yield
 
 

@@ -10,10 +10,11 @@ from onnx_kfe.calibration._inputs import InputSpec, Sample, fixed_batch
 from onnx_kfe.calibration._instrument import differentiable_copy, find_heads
 from onnx_kfe.calibration._layer_statistics import LayerStatistics, PositionMeans
 from onnx_kfe.calibration._loss import Loss
+from onnx_kfe.calibration._moments import emit_samples
 from onnx_kfe.calibration._open_loss import open_loss
 from onnx_kfe.calibration._padding import find_padding
 from onnx_kfe.calibration._passes import batch_size, data_specs, input_specs
-from onnx_kfe.calibration._patches import channel_major, emit_samples, features_last
+from onnx_kfe.calibration._patches import channel_major, features_last
 from onnx_kfe.calibration._readers_streams import import_function, is_function_name
 from onnx_kfe.calibration._statistics import Statistics, merge
 from onnx_kfe.calibration._synthetic import synthetic_dataset

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnx_kfe.autodiff import Emitter
-from onnx_kfe.calibration._patches import emit_mean_patches, float32, position_axes
+from onnx_kfe.calibration._grid import float32
+from onnx_kfe.calibration._patches import emit_mean_patches, position_axes
 from onnx_kfe.graph import Layer
 
 __all__ = ["emit_cotangent_means", "emit_position_means"]

@@ -12,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.autodiff import Emitter
-from onnx_kfe.calibration._patches import channel_major, emit_patches, float32, position_axes
+from onnx_kfe.calibration._grid import float32
+from onnx_kfe.calibration._patches import channel_major, emit_patches, position_axes
 from onnx_kfe.graph import Geometry, Layer
 from onnx_kfe.kfe import Array
 

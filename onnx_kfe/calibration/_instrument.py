@@ -14,9 +14,10 @@ from onnx_kfe.calibration._coherence import emit_cotangent_means, emit_position_
 from onnx_kfe.calibration._gradients import emit_gate_gradients
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
 from onnx_kfe.calibration._loss import Loss
+from onnx_kfe.calibration._moments import emit_cotangents, emit_inputs
 from onnx_kfe.calibration._opset import at_opset, working_opset
 from onnx_kfe.calibration._padding import Padding, find_padding
-from onnx_kfe.calibration._patches import emit_cotangents, emit_inputs, features_last
+from onnx_kfe.calibration._patches import features_last
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, infer_shapes
 

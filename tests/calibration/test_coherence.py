@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import numpy_helper, parser
 
-from onnx_kfe.calibration import Statistics, _patches, collect, open_dataset, sample_noise
+from onnx_kfe.calibration import Statistics, _moments, collect, open_dataset, sample_noise
 from onnx_kfe.calibration import input_specs as specs_of
 from onnx_kfe.graph import Network, open_network
 
@@ -38,7 +38,7 @@ def pooled() -> Network:
 
 def test_before_a_global_pooling_the_trace_is_that_of_the_fisher(monkeypatch: pytest.MonkeyPatch):
     """The gradient of a sample is ``T g mean(x)^T``; noise and images are independent, so its square is a product."""
-    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)  # at all positions
+    monkeypatch.setattr(_moments, "_INPUT_COST", math.inf)  # at all positions
     network = pooled()
     statistics = collected(network, IMAGES)
     (layer,) = statistics.layers.values()
@@ -54,7 +54,7 @@ def test_before_a_global_pooling_the_trace_is_that_of_the_fisher(monkeypatch: py
 
 def test_nodes_with_one_weight_and_different_numbers_of_positions(monkeypatch: pytest.MonkeyPatch):
     """Both pool to the same means; each of the two gradients is then as strong as the other, whatever its positions."""
-    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_INPUT_COST", math.inf)
     body = "c = Conv(x, w) y = GlobalAveragePool(c) s = AveragePool<kernel_shape=[2, 2], strides=[2, 2]>(x)"
     body += " d = Conv(s, w) z = GlobalAveragePool(d)"
     outputs = "float[N, 2, 1, 1] y, float[N, 2, 1, 1] z"

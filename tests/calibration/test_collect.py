@@ -15,7 +15,7 @@ import pytest
 import torch
 from onnx import parser
 
-from onnx_kfe.calibration import Head, Statistics, _patches, _weight_file, collect, merge, open_dataset, sample_noise
+from onnx_kfe.calibration import Head, Statistics, _moments, _weight_file, collect, merge, open_dataset, sample_noise
 from onnx_kfe.calibration import input_specs as specs_of
 from onnx_kfe.calibration._instrument import Instrumented, Probe
 from onnx_kfe.errors import KfeError
@@ -35,8 +35,8 @@ TOLERANCE = 1e-4
 @pytest.fixture
 def all_positions(monkeypatch: pytest.MonkeyPatch):
     """Statistics at every position, whatever they cost."""
-    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)
-    monkeypatch.setattr(_patches, "_OUTPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_INPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_OUTPUT_COST", math.inf)
 
 
 def collected(network: Network, feeds: dict[str, np.ndarray], **options) -> Statistics:

@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from onnx_kfe import pipeline
-from onnx_kfe.calibration import Statistics, _patches, collect, collect_eigen_moments, merge, open_dataset
+from onnx_kfe.calibration import Statistics, _moments, collect, collect_eigen_moments, merge, open_dataset
 from onnx_kfe.calibration import input_specs as specs_of
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.graph import Network, open_network
@@ -41,8 +41,8 @@ CASES = [
 @pytest.fixture(autouse=True)
 def all_positions(monkeypatch: pytest.MonkeyPatch):
     """Factors at every position, so that what is centred is centred at the mean over all."""
-    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)
-    monkeypatch.setattr(_patches, "_OUTPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_INPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_OUTPUT_COST", math.inf)
 
 
 def opened(name: str) -> tuple[Network, dict[str, np.ndarray]]:

@@ -11,7 +11,7 @@ from onnx import helper, parser
 from torch.nn import functional as F
 
 import onnx_kfe as kfe
-from onnx_kfe.calibration import Statistics, _patches, collect, merge, open_dataset, open_loss
+from onnx_kfe.calibration import Statistics, _moments, collect, merge, open_dataset, open_loss
 from onnx_kfe.calibration import data_specs as specs_of
 from onnx_kfe.errors import KfeError, UsageError
 from onnx_kfe.graph import open_network
@@ -28,8 +28,8 @@ CROSS_ENTROPY = 'l = SoftmaxCrossEntropyLoss<reduction = "none">(logits, labels)
 @pytest.fixture(autouse=True)
 def all_positions(monkeypatch: pytest.MonkeyPatch):
     """Statistics at every position, whatever they cost."""
-    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)
-    monkeypatch.setattr(_patches, "_OUTPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_INPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_OUTPUT_COST", math.inf)
 
 
 def graph(

@@ -5,7 +5,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 import onnx_kfe as kfe
-from onnx_kfe.calibration import Statistics, _patches, collect, find_padding, open_dataset
+from onnx_kfe.calibration import Statistics, _moments, collect, find_padding, open_dataset
 from onnx_kfe.calibration import input_specs as specs_of
 from onnx_kfe.graph import Network, open_network, serialize
 from onnx_kfe.runtime import create_session
@@ -67,8 +67,8 @@ def collected(network: Network, data: object) -> Statistics:
 
 @pytest.fixture(autouse=True)
 def all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_patches, "_INPUT_COST", 1e9)
-    monkeypatch.setattr(_patches, "_OUTPUT_COST", 1e9)
+    monkeypatch.setattr(_moments, "_INPUT_COST", 1e9)
+    monkeypatch.setattr(_moments, "_OUTPUT_COST", 1e9)
 
 
 def test_padded_sentences_give_the_statistics_of_single_ones():

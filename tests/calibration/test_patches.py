@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_kfe.autodiff import Emitter
 from onnx_kfe.calibration import (
     LayerStatistics,
-    _patches,
+    _moments,
     collect,
     collect_eigen_moments,
     find_heads,
@@ -20,8 +20,9 @@ from onnx_kfe.calibration import (
     open_dataset,
 )
 from onnx_kfe.calibration._collect import _Sums
+from onnx_kfe.calibration._grid import grid_strides, rows_on_grid
 from onnx_kfe.calibration._instrument import PHASE_INPUT, differentiable_copy, instrument, noise_input
-from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, _rows, grid_strides
+from onnx_kfe.calibration._moments import _INPUT_COST, _OUTPUT_COST
 from onnx_kfe.graph import open_network, serialize
 from onnx_kfe.runtime import create_session
 from tests.networks import mixer
@@ -232,8 +233,8 @@ def test_grid_strides_of_no_axes():
 
 
 def test_a_constant_on_the_left_has_the_statistics_of_the_transposed_product(monkeypatch):
-    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)
-    monkeypatch.setattr(_patches, "_OUTPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_INPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_OUTPUT_COST", math.inf)
     x = np.random.default_rng(0).standard_normal((20, 6, 7)).astype(np.float32)
     found, wanted = {}, {}
     for left, layers in ((True, found), (False, wanted)):
@@ -265,7 +266,7 @@ def test_the_rows_taken_of_sequences_cover_all_positions():
         for name, dtype, shape in (("x", ir.DataType.FLOAT, ["n", "t", 1]), ("phase", ir.DataType.INT64, [3]))
     )
     model.graph.inputs.extend([x, phase])
-    rows = _rows(Emitter(model.graph), x, 1, 1 / stride, phase)
+    rows = rows_on_grid(Emitter(model.graph), x, 1, 1 / stride, phase)
     model.graph.outputs.append(rows)
     given = np.arange(entries * length, dtype=np.float32).reshape(entries, length, 1)
     for start in (0, 3):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from onnx_kfe.calibration import Statistics, _patches, collect, find_heads, input_specs, open_dataset, sample_noise
+from onnx_kfe.calibration import Statistics, _moments, collect, find_heads, input_specs, open_dataset, sample_noise
 from onnx_kfe.calibration._collect import _Sums
+from onnx_kfe.calibration._grid import grid_strides
 from onnx_kfe.calibration._instrument import PHASE_INPUT, differentiable_copy, instrument, noise_input
-from onnx_kfe.calibration._patches import _INPUT_COST, _OUTPUT_COST, grid_strides
+from onnx_kfe.calibration._moments import _INPUT_COST, _OUTPUT_COST
 from onnx_kfe.graph import Network, open_network, serialize
 from onnx_kfe.kfe import predicted_loss
 from onnx_kfe.planning import LayerProblem
@@ -91,8 +92,8 @@ CASES = {
 
 @pytest.fixture
 def all_positions(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)
-    monkeypatch.setattr(_patches, "_OUTPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_INPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_OUTPUT_COST", math.inf)
 
 
 def collected(network: Network, x: np.ndarray) -> Statistics:
@@ -176,8 +177,8 @@ def test_predicted_loss_is_the_quadratic_form_of_the_explicit_fisher(name: str):
 
 def test_where_all_output_positions_have_one_gradient_the_trace_is_that_of_the_fisher(monkeypatch: pytest.MonkeyPatch):
     """``k = s``: each output position is written once, so that a sample's gradient is ``T g mean(x)^T`` at each tap."""
-    monkeypatch.setattr(_patches, "_INPUT_COST", math.inf)
-    monkeypatch.setattr(_patches, "_OUTPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_INPUT_COST", math.inf)
+    monkeypatch.setattr(_moments, "_OUTPUT_COST", math.inf)
     x = Case((3, 2, 2, 2), (4, 5), {}).inputs(40)
     nodes = [node("ConvTranspose", ["x", "w"], ["c"], "layer", strides=[2, 2]), node("GlobalAveragePool", ["c"], ["y"])]
     network = open_network(tiny(nodes, {"x": ["n", 3, 4, 5]}, {"y": ["n", 2, 1, 1]}, {"w": weights(3, 2, 2, 2)}))
