@@ -19,7 +19,7 @@ def head_specs(heads: Sequence[calibration.Head], *, scaled: bool = False) -> li
     return [
         HeadSpec(
             head.output, head.kind, head.probabilities, head.axis,
-            head.scale if scaled else None, head.weight if scaled else 1.0,
+            head.scale if scaled else None, head.weight if scaled else 1.0, head.mask,
         )
         for head in heads
     ]  # fmt: skip

@@ -73,7 +73,7 @@ DEFAULT_MEMORY = f"{calibration.DEFAULT_MEMORY >> 30}GB"
 Providers = Annotated[list[str] | None, typer.Option(help="Execution provider, CPU by default; repeatable.")]
 
 _SHAPE_HELP = "name:1,3,224,224 for free axes; repeatable."
-_HEAD_HELP = "NAME=KIND of an output: categorical, bernoulli, gaussian, none."
+_HEAD_HELP = "NAME=KIND of an output: categorical, bernoulli, gaussian, embedding (mean over positions), none."
 _DROP_HELP = "Find the smallest model that is no more than this worse, instead of a budget."
 _METRIC_HELP = f"What a drop is measured in: {', '.join(METRICS)}, or package.module:function."
 Metric = Annotated[str | None, typer.Option("--metric", help=_METRIC_HELP)]

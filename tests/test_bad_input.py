@@ -475,6 +475,7 @@ def test_options(fails: Fails) -> None:
         2, "'nonsense'.*no such output|nonsense=gaussian: no such output", *prune(*data, "--head", "nonsense=gaussian")
     )
     fails(2, "must be one of categorical", *prune(*data, "--head", "logits=quantum"))
+    fails(2, r"--head logits=embedding: its shape is \[N, 5\]", *prune(*data, "--head", "logits=embedding"))
     fails(2, "--head logits: write NAME=KIND", *prune(*data, "--head", "logits"))
     fails(2, "provider Abacus is not available; .*CPUExecutionProvider", *prune(*data, "--providers", "Abacus"))
     fails(2, "--exclude nothing: no layer has such a name", *prune(*data, "--exclude", "nothing"))

@@ -26,7 +26,7 @@ from tests.graph.groups.test_products import DECLINED, attention
 from tests.networks import CHANNELS, CLASSES, classifier, samples
 from tests.planning.clocks import Clock, work
 from tests.tied import siamese
-from tests.tiny import run
+from tests.tiny import node, run, tiny, weights
 
 pytestmark = pytest.mark.usefixtures("quick_benchmark")
 Cli = Callable[..., Outcome]
@@ -149,6 +149,34 @@ def test_a_loss_and_metrics(cli: Cli, folder: Path) -> None:
     shown = done(cli(*judged, "--head", "logits=gaussian", "--metric", "psnr"))
     assert re.search(r"psnr 100, of the model \d+\.\d+: drop \d+\.?\d* dB \(95 % interval .* dB to .* dB\)", shown)
     assert cli(*judged, "--metric", "top-5").code == 2
+
+
+def test_an_embedding(cli: Cli, folder: Path) -> None:
+    constants = {"w": weights(7, 9), "v": weights(9, 7, seed=1), "last": np.array([2])}
+    nodes = [
+        node("Unsqueeze", ["attention_mask", "last"], ["real"]),
+        node("Mul", ["x", "real"], ["shown"]),
+        node("MatMul", ["shown", "w"], ["h"]),
+        node("Relu", ["h"], ["r"]),
+        node("MatMul", ["r", "v"], ["y"]),
+    ]
+    onnx.save(
+        tiny(nodes, {"x": ["N", "T", 7], "attention_mask": ["N", "T"]}, {"y": ["N", "T", 7]}, constants), "e.onnx"
+    )
+    random = np.random.default_rng(0)
+    mask = (np.arange(6) < random.integers(1, 7, 60)[:, None]).astype(np.float32)
+    np.savez("sentences.npz", x=random.standard_normal((60, 6, 7)).astype(np.float32), attention_mask=mask)
+    given = ("--data", "sentences.npz", "--head", "y=embedding")
+    pruned = cli("prune", "e.onnx", *given, "--macs", 0.8, "--round-to", 1, "-o", "small.onnx")
+    done(pruned)
+    assert "y embedding (as given)" in pruned.err
+    judged = ("evaluate", "small.onnx", "--reference", "e.onnx", *given, "--json")
+    (head,) = from_json(cli(*judged))["heads"]
+    feeds = dict(np.load("sentences.npz"))
+    shares = mask / mask.sum(1, keepdims=True)
+    old, new = (np.einsum("ntc,nt->nc", run(name, feeds)["y"], shares) for name in ("e.onnx", "small.onnx"))
+    expected = np.sqrt(np.square(new - old).sum() / np.square(old - old.mean(0)).sum())
+    assert head["relative_error"] == pytest.approx(expected, rel=1e-3) != 0
 
 
 LATENCY = ("prune", "net.onnx", "--data", "data.npz", "--no-refit", "-o", "small.onnx", "--round-to", 2)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from onnx_kfe.autodiff import Emitter, append_gradients
-from onnx_kfe.calibration import HEAD_KINDS, Head, differentiable_copy
+from onnx_kfe.calibration import HEAD_KINDS, Head, differentiable_copy, emit_source
 from onnx_kfe.graph import Network, serialize
 from onnx_kfe.kfe import Array
 from onnx_kfe.runtime import create_session
@@ -42,8 +42,8 @@ def _with_squares(network: Network, head: Head, seed: int) -> bytes:
     model = differentiable_copy(network.model)
     graph = model.graph
     values = {value.name: value for node in graph for value in node.outputs}
-    source = values[head.source]
     emit = Emitter(graph, prefix="fisher/")
+    source = emit_source(emit, head, values)
     noise = emit.op("RandomNormalLike", source, like=source, seed=float(seed))
     seeds = {source: HEAD_KINDS[head.kind](emit, source, noise, head)}
     gradients = append_gradients(graph, seeds, [values[layer.output] for layer in network.prunable])

@@ -4,7 +4,7 @@ from onnx_kfe.calibration._batches import Batch, Batches, batches
 from onnx_kfe.calibration._collect import DEFAULT_MEMORY, collect
 from onnx_kfe.calibration._data import Dataset, DataSource, Item, open_dataset
 from onnx_kfe.calibration._eigen_moments import collect_eigen_moments
-from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads, sample_noise
+from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads, emit_source, sample_noise
 from onnx_kfe.calibration._images import ImageOptions, image_preset
 from onnx_kfe.calibration._inputs import InputSpec, Sample, fixed_batch
 from onnx_kfe.calibration._instrument import differentiable_copy, find_heads
@@ -44,6 +44,7 @@ __all__ = [
     "detect_heads",
     "differentiable_copy",
     "emit_samples",
+    "emit_source",
     "features_last",
     "find_heads",
     "find_padding",

@@ -24,7 +24,7 @@ from onnx_kfe.graph import Network
 __all__ = ["DEFAULT_MEMORY", "collect"]
 
 DEFAULT_MEMORY = 4 * 2**30
-_SCALE_SAMPLES = 64  # samples whose outputs give a Gaussian head its unit
+_SCALE_SAMPLES = 64  # samples whose outputs give a quantity its unit
 _SUM, _ADDED = 8, 4  # bytes of an element of a sum, and of what a node adds to it by batch
 
 
@@ -74,7 +74,7 @@ def collect(
     size = batch_size(network, shapes)
     copy = differentiable_copy(network.model)
     weights = WeightFile(copy)
-    forward = Forward(copy, detect_heads(copy.graph, heads), weights, providers=providers, threads=threads)
+    forward = Forward(copy, detect_heads(copy, heads), weights, providers=providers, threads=threads)
     scaled = forward.scaled_heads(itertools.islice(blocks(data, size, specs), -(-_SCALE_SAMPLES // size)))
     if loss is not None:
         loss.check(copy, data, specs, providers=providers, threads=threads)

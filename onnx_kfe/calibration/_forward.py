@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnx_kfe.autodiff import Emitter
 from onnx_kfe.calibration._batches import Batch
-from onnx_kfe.calibration._heads import Head
+from onnx_kfe.calibration._heads import Head, emit_source
 from onnx_kfe.calibration._weight_file import WeightFile
 from onnx_kfe.errors import KfeError
 from onnx_kfe.runtime import feeds_for
@@ -41,28 +42,31 @@ class Forward:
         self._heads = list(heads)
         copy = model.clone()
         values = {value.name: value for node in copy.graph for value in node.outputs}
-        self._sources = list(dict.fromkeys(head.source for head in heads))
+        emit = Emitter(copy.graph, prefix="kfe/")
+        sources = {head.output: emit_source(emit, head, values) for head in heads}
+        self._sources = {output: value.name or "" for output, value in sources.items()}
         copy.graph.outputs.clear()
-        copy.graph.outputs.extend(values[name] for name in self._sources)
+        copy.graph.outputs.extend(dict.fromkeys(sources.values()))
         self._session = weights.session(copy, providers=providers, threads=threads)
         self._known: dict[tuple[object, ...], Shapes] = {}
 
     def run(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Value of every head's source, by output name.
+        """What every head is differentiated from, by output name.
 
         Raises:
             KfeError: ONNX Runtime fails on the batch.
         """
+        names = list(dict.fromkeys(self._sources.values()))
         try:
-            values = self._session.run(self._sources, feeds_for(self._session, batch.feeds))
+            values = self._session.run(names, feeds_for(self._session, batch.feeds))
         except Exception as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.feeds.items())
             raise KfeError(f"the model fails on {shapes}: {str(error).strip().splitlines()[0]}") from error
-        by_source = dict(zip(self._sources, values, strict=True))
-        return {head.output: by_source[head.source] for head in self._heads}
+        by_name = dict(zip(names, values, strict=True))
+        return {output: by_name[name] for output, name in self._sources.items()}
 
     def sample_shapes(self, batch: Batch) -> Shapes:
-        """Shape of each head's source for one sample ``(1, ...)``, by output name."""
+        """Shape of what each head is differentiated from for one sample ``(1, ...)``, by output name."""
         key = (len(batch), *(array.shape[1:] for array in batch.feeds.values()))
         if key not in self._known:
             self._known[key] = {
@@ -73,11 +77,12 @@ class Forward:
     def scaled_heads(self, numbered: Iterable[tuple[int, Batch]]) -> list[Head]:
         """The heads with the scales and weights by which several weigh alike.
 
-        Gaussian ones are in units of their standard deviation over the batches. Of several heads each is divided by
-        the number of its decisions (positions of classes, else elements) and multiplied by the mean of these numbers,
-        so that a map of 10,000 positions weighs as much as 10 of them, and heads of one size stay as they are.
+        Quantities are in units of their standard deviation over the batches. Of several heads each is divided by the
+        number of its decisions (positions of classes, else elements, of an embedding those of the mean) and multiplied
+        by the mean of these numbers, so that a map of 10,000 positions weighs as much as 10 of them, and heads of one
+        size stay as they are.
         """
-        if len(self._heads) == 1 and self._heads[0].kind != "gaussian":
+        if len(self._heads) == 1 and not self._heads[0].quantity:
             return self._heads
         moments = {head.output: np.zeros(3) for head in self._heads}
         decisions = dict.fromkeys(moments, 0.0)
@@ -88,7 +93,7 @@ class Forward:
                 moments[head.output] += (wide.size, wide.sum(), np.square(wide).sum())
                 decisions[head.output] += _decisions(head, wide)
         mean = sum(decisions.values()) / len(decisions)
-        scaled = [h.with_scale(_deviation(moments[h.output])) if h.kind == "gaussian" else h for h in self._heads]
+        scaled = [h.with_scale(_deviation(moments[h.output])) if h.quantity else h for h in self._heads]
         return [h.with_weight(mean / decisions[h.output]) if decisions[h.output] else h for h in scaled]
 
 

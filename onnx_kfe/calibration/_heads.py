@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_kfe.autodiff import Emitter
+from onnx_kfe.autodiff import Emitter, sizes_of
+from onnx_kfe.calibration._padding import Padding, find_padding
 from onnx_kfe.calibration._postprocessing import chosen_by, is_suppressed
 from onnx_kfe.errors import KfeError, UsageError
 
-__all__ = ["HEAD_KINDS", "Head", "detect_heads", "sample_noise"]
+__all__ = ["HEAD_KINDS", "Head", "detect_heads", "emit_source", "sample_noise"]
 
 Noise = npt.NDArray[np.float32]
 _CLASS_NAMES = re.compile(r"logit|softmax|prob|class|score|cls|label|pred", re.IGNORECASE)
@@ -38,11 +39,13 @@ class Head:
     Attributes:
         output: Name of the value: a graph output, or one inside the graph.
         kind: Key of `HEAD_KINDS`.
-        source: Name of the value that is differentiated: the input of a final Softmax or Sigmoid, else the output.
+        source: Name of the value that is differentiated: the input of a final Softmax or Sigmoid, else the output; of
+            an embedding ``[n, positions, channels]``, whose mean is differentiated, see `emit_source`.
         axis: Class axis of a categorical head.
-        scale: Standard deviation of the output over the calibration data, by which a Gaussian head is measured.
+        scale: Standard deviation over the calibration data of what is differentiated, by which a quantity is measured.
         weight: Factor on its Fisher information, by which several heads weigh alike, see `Forward.scaled_heads`.
         read_by: Operator of the post-processing that reads a value inside the graph; empty for a graph output.
+        mask: Input of the model that is 0 at the positions of an embedding that are padding; empty where all are real.
     """
 
     output: str
@@ -52,11 +55,17 @@ class Head:
     scale: float = 1.0
     weight: float = 1.0
     read_by: str = ""
+    mask: str = ""
+
+    @property
+    def quantity(self) -> bool:
+        """Whether it is a quantity, measured in units of its spread, rather than decisions."""
+        return self.kind in ("gaussian", "embedding")
 
     @property
     def probabilities(self) -> bool:
         """Whether the output itself holds probabilities rather than logits."""
-        return self.kind != "gaussian" and self.source != self.output
+        return not self.quantity and self.source != self.output
 
     def with_scale(self, scale: float) -> Head:
         """The same head measured in units of `scale`."""
@@ -91,8 +100,26 @@ HEAD_KINDS: dict[str, Callable[[Emitter, ir.Value, ir.Value, Head], ir.Value]] =
     "categorical": _categorical_cotangent,
     "bernoulli": _bernoulli_cotangent,
     "gaussian": _gaussian_cotangent,
+    "embedding": _gaussian_cotangent,
 }
-"""By kind: emits the cotangent from the value, the noise and the head."""
+"""By kind: emits the cotangent from the value of `emit_source`, the noise and the head."""
+
+
+def emit_source(emit: Emitter, head: Head, values: Mapping[str | None, ir.Value]) -> ir.Value:
+    """The value that a head is differentiated from: its source, of an embedding the mean of that, ``[n, channels]``.
+
+    Args:
+        emit: Where the nodes of the mean go.
+        head: The head.
+        values: The values of the graph, by name.
+    """
+    value = values[head.source]
+    if head.kind != "embedding":
+        return value
+    if head.mask:
+        return Padding(head.mask, {head.source: 3}).mean(emit, value)
+    batch, _, channels = sizes_of(value) or (None,) * 3
+    return emit.op("ReduceMean", value, emit.ints(1), shape=(batch, channels), keepdims=0)
 
 
 def sample_noise(heads: list[Head], shapes: Mapping[str, tuple[int, ...]], seed: int, index: int) -> list[Noise]:
@@ -102,7 +129,7 @@ def sample_noise(heads: list[Head], shapes: Mapping[str, tuple[int, ...]], seed:
 
     Args:
         heads: The heads, in order.
-        shapes: Shape of each head's source for one sample, by output name.
+        shapes: Shape of what each head is differentiated from for one sample, by output name.
         seed: Seed of the collection.
         index: Index of the sample in the whole data.
     """
@@ -111,23 +138,24 @@ def sample_noise(heads: list[Head], shapes: Mapping[str, tuple[int, ...]], seed:
     return [noise * np.float32(math.sqrt(head.weight)) for head, noise in zip(heads, drawn, strict=True)]
 
 
-def detect_heads(graph: ir.Graph, kinds: Mapping[str, str] | None = None) -> list[Head]:
-    """The heads of a graph of opset 13 or later, detected or as the user says.
+def detect_heads(model: ir.Model, kinds: Mapping[str, str] | None = None) -> list[Head]:
+    """The heads of a model of opset 13 or later, detected or as the user says.
 
     An output behind Softmax or LogSoftmax is categorical, behind Sigmoid Bernoulli, a matrix named like logits
     categorical, anything else Gaussian. What NonMaxSuppression picks is no head: the boxes and scores that it reads
     are. Outputs that are integers or no tensors carry no gradient; where there is nothing else, heads are the values
-    that they say the largest of (ArgMax is a decision between classes).
+    that they say the largest of (ArgMax is a decision between classes). An embedding, which is never detected, is an
+    output ``[n, positions, channels]`` that is read as its mean over the positions that a mask does not take out.
 
     Args:
-        graph: The graph.
+        model: The model.
         kinds: Kind by output name, as of ``--head``; ``none`` leaves the output out.
 
     Raises:
-        UsageError: An unknown output or kind.
+        UsageError: An unknown output or kind, or an embedding of another shape.
         KfeError: No output can be a head.
     """
-    kinds = dict(kinds or {})
+    graph, kinds = model.graph, dict(kinds or {})
     names = [value.name or "" for value in graph.outputs]
     read = chosen_by(graph)
     known = [*names, *(value.name or "" for value, _ in read)]
@@ -153,7 +181,16 @@ def detect_heads(graph: ir.Graph, kinds: Mapping[str, str] | None = None) -> lis
         raise KfeError(
             f"no output can carry a loss (outputs: {', '.join(names)}): no floating-point output computed in the graph"
         )
-    return heads
+    return _masked(model, heads)
+
+
+def _masked(model: ir.Model, heads: list[Head]) -> list[Head]:
+    """The heads, of which embeddings know the mask of their positions."""
+    padding = find_padding(model) if any(head.kind == "embedding" for head in heads) else None
+    if padding is None:
+        return heads
+    covered = [head.kind == "embedding" and padding.ranks.get(head.source) == 3 for head in heads]
+    return [replace(head, mask=padding.mask) if own else head for head, own in zip(heads, covered, strict=True)]
 
 
 def _head(value: ir.Value, kind: str | None) -> Head:
@@ -167,6 +204,9 @@ def _head(value: ir.Value, kind: str | None) -> Head:
         return Head(name, "categorical", source, axis)
     if activation is not None and activation.op_type == "Sigmoid" and kind in (None, "bernoulli"):
         return Head(name, "bernoulli", activation.inputs[0].name or "")  # type: ignore[union-attr]
+    if kind == "embedding" and (value.shape is None or rank != 3):
+        shape = "unknown" if value.shape is None else f"[{', '.join(map(str, sizes_of(value) or ()))}]"
+        raise UsageError(f"--head {name}=embedding: its shape is {shape}, not [samples, positions, channels]")
     if kind is None:
         kind = "categorical" if rank == 2 and _CLASS_NAMES.search(name) else "gaussian"
     return Head(name, kind, name, axis=1 if rank >= 4 else -1)

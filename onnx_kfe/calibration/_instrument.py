@@ -12,7 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_kfe.autodiff import Emitter, append_gradients
 from onnx_kfe.calibration._coherence import emit_cotangent_means, emit_position_means
 from onnx_kfe.calibration._gradients import emit_gate_gradients
-from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads
+from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads, emit_source
 from onnx_kfe.calibration._loss import Loss
 from onnx_kfe.calibration._moments import emit_cotangents, emit_inputs
 from onnx_kfe.calibration._opset import at_opset, working_opset
@@ -130,7 +130,7 @@ def differentiable_copy(model: ir.Model) -> ir.Model:
 
 def find_heads(network: Network, kinds: Mapping[str, str] | None = None) -> list[Head]:
     """The heads of a network, see `detect_heads`."""
-    return detect_heads(differentiable_copy(network.model).graph, kinds)
+    return detect_heads(differentiable_copy(network.model), kinds)
 
 
 @dataclass(frozen=True)
@@ -251,9 +251,9 @@ def _seeds(
 ) -> dict[ir.Value, ir.Value]:
     seeds: dict[ir.Value, ir.Value] = {}
     for head in heads:
-        source = values[head.source]
+        source = emit_source(emit, head, values)
         noise = _input(emit.graph, noise_input(head), ir.DataType.FLOAT, source.shape)
-        if padding is not None and head.source in padding.ranks:
+        if padding is not None and source.name in padding.ranks:
             noise = emit.op("Mul", noise, padding.weight(emit, source), like=noise)
         cotangent = HEAD_KINDS[head.kind](emit, source, noise, head)
         seeds[source] = emit.op("Add", seeds[source], cotangent, like=source) if source in seeds else cotangent

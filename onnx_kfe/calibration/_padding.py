@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnx_kfe.autodiff import Emitter
+from onnx_kfe.autodiff import Emitter, sizes_of
 from onnx_kfe.graph import Layer, concrete_shapes
 
 __all__ = ["Padding", "find_padding"]
@@ -49,6 +49,23 @@ class Padding:
         rows = emit.op("Reshape", value, emit.op("Concat", emit.ints(-1), emit.size_of(value, -1), axis=0))
         rows = emit.op("Compress", rows, emit.op("Reshape", self._real(emit), emit.ints(-1)), axis=0)
         return emit.op("Unsqueeze", rows, emit.ints(0), shape=(1, None, None))
+
+    def mean(self, emit: Emitter, value: ir.Value) -> ir.Value:
+        """The mean of a value ``[batch, sequence, features]`` over the real positions: ``[batch, features]``.
+
+        Where a sample has none it is 0.
+
+        Args:
+            emit: Where the nodes go; the graph has the mask as an input.
+            value: One of `ranks`.
+        """
+        weight = self.weight(emit, value)
+        batch, _, features = sizes_of(value) or (None,) * 3
+        total = emit.op(
+            "ReduceSum", emit.op("Mul", value, weight, like=value), emit.ints(1), shape=(batch, features), keepdims=0
+        )
+        count = emit.op("ReduceSum", weight, emit.ints(1), shape=(batch, 1), keepdims=0)
+        return emit.op("Div", total, emit.op("Max", count, emit.number(1.0, count), like=count), like=total)
 
     def _real(self, emit: Emitter) -> ir.Value:
         mask = next(value for value in emit.graph.inputs if value.name == self.mask)

@@ -19,8 +19,9 @@ class CustomScorer(Scorer):
     """Calls ``function(outputs, original, labels)`` for a number, higher for a better model.
 
     `outputs` and `original` map the names of all outputs to their values over all samples: an array with the samples
-    on the first axis, or a list of one array a sample where their shapes differ. `labels` are likewise, or None. The
-    score of the original is ``function(original, original, labels)``, the interval is from 100 resamples.
+    on the first axis, or a list of one array a sample where their shapes differ; an embedding is its mean over the
+    positions. `labels` are likewise, or None. The score of the original is ``function(original, original, labels)``,
+    the interval is from 100 resamples.
 
     Args:
         name: Name of the function, for messages.

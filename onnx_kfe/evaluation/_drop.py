@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _DECISIONS = ("categorical", "bernoulli")
+_QUANTITIES = ("gaussian", "embedding")
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _kl(quality: Quality) -> Drop:
 
 
 def _relative_error(quality: Quality) -> Drop:
-    """Relative error of the Gaussian output where it is largest."""
+    """Relative error of the quantity where it is largest."""
     errors = [(head.relative_error, *_interval(head)) for head in quality.heads if head.relative_error is not None]
     return Drop(*max(errors), quality.samples)
 
@@ -184,16 +185,16 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "agreement": Metric(_agreement, kinds=_DECISIONS, unit="%", counted=True),
         "kl": Metric(_kl, range=(0.0, math.inf), higher_is_better=False, kinds=_DECISIONS, unit="nats"),
         "unexplained-variance": Metric(
-            _unexplained_variance, range=(0.0, math.inf), higher_is_better=False, kinds=("gaussian",), unit="%"
+            _unexplained_variance, range=(0.0, math.inf), higher_is_better=False, kinds=_QUANTITIES, unit="%"
         ),
-        "relative-error": Metric(_relative_error, range=(0.0, math.inf), higher_is_better=False, kinds=("gaussian",)),
+        "relative-error": Metric(_relative_error, range=(0.0, math.inf), higher_is_better=False, kinds=_QUANTITIES),
         "accuracy": Metric(_accuracy, kinds=("categorical",), labels=True, unit="%", counted=True),
         "top-5": Metric(
             scorer=TopFive, kinds=("categorical",), classes=6, labels=True, unit="%", counted=True
         ),
-        "cosine": Metric(scorer=Cosine, range=(-1.0, 1.0), kinds=("gaussian",)),
+        "cosine": Metric(scorer=Cosine, range=(-1.0, 1.0), kinds=_QUANTITIES),
         "psnr": Metric(scorer=Psnr, range=(-math.inf, 100.0), kinds=("gaussian",), own_labels=True, unit="dB"),
-        "spearman": Metric(scorer=Spearman, range=(-1.0, 1.0), kinds=("gaussian",)),
+        "spearman": Metric(scorer=Spearman, range=(-1.0, 1.0), kinds=_QUANTITIES),
         "character-accuracy": Metric(
             scorer=CharacterAccuracy, range=(-math.inf, 1.0), kinds=("categorical",), positions=True, own_labels=True,
             unit="%",

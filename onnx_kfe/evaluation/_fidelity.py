@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -68,11 +69,12 @@ class HeadSpec:
 
     Attributes:
         name: Name of the output.
-        kind: "categorical", "bernoulli" or "gaussian".
-        probabilities: Whether the output is already a probability; logits when False. No meaning for "gaussian".
-        axis: Axis of the classes (of the channels, for "gaussian"); None for 1 from rank 4 up, else the last.
-        scale: Standard deviation by which a Gaussian head is measured in nats; None where it is unknown.
+        kind: "categorical", "bernoulli", "gaussian" or "embedding".
+        probabilities: Whether the output is already a probability; logits when False. No meaning for quantities.
+        axis: Axis of the classes (of the channels, for quantities); None for 1 from rank 4 up, else the last.
+        scale: Standard deviation by which a quantity is measured in nats; None where it is unknown.
         weight: Factor on its nats, by which several heads weigh alike.
+        mask: Input that is 0 at the positions of an embedding that are padding; empty where all are real.
 
     Raises:
         UsageError: The kind is none of these.
@@ -84,10 +86,37 @@ class HeadSpec:
     axis: int | None = None
     scale: float | None = None
     weight: float = 1.0
+    mask: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in _COMPARISONS:
             raise UsageError(f"head '{self.name}' cannot be '{self.kind}'; --head can be: {', '.join(_COMPARISONS)}")
+
+    @property
+    def quantity(self) -> bool:
+        """Whether it is a quantity, measured in units of its spread, rather than decisions."""
+        return self.kind in ("gaussian", "embedding")
+
+    def read(self, output: np.ndarray, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What is compared of an output: of an embedding ``[n, positions, channels]`` the mean over its real positions.
+
+        Args:
+            output: The output of a batch.
+            feeds: What the model was given, the mask included.
+
+        Returns:
+            ``[n, channels]`` in double precision for an embedding, else the output itself.
+
+        Raises:
+            UsageError: The output has no such positions.
+        """
+        if self.kind != "embedding":
+            return output
+        real = feeds[self.mask].astype(bool) if self.mask else np.ones(output.shape[:2], bool)
+        if output.ndim != 3 or real.shape != output.shape[:2]:
+            raise UsageError(f"head '{self.name}' of shape {list(output.shape)} cannot be averaged over positions")
+        total = np.where(real[..., None], output, 0).sum(1, dtype=np.float64)
+        return np.asarray(total / np.maximum(real.sum(1, keepdims=True), 1))
 
     def rows(self, output: np.ndarray) -> np.ndarray:
         """The output as [samples, positions, classes].
@@ -114,13 +143,13 @@ class HeadQuality:
         agreement: Share of the decisions that are the same: the top class at every position (categorical), which side
             of 0.5 (bernoulli). Its interval takes samples, not positions, as independent.
         kl: Mean KL(reference || model) of a sample in nats, summed over its positions.
-        nats: What the loss that K-FAC predicts amounts to: `kl`, or for a Gaussian head of known scale half the squared
+        nats: What the loss that K-FAC predicts amounts to: `kl`, or for a quantity of known scale half the squared
             error of a sample in units of that scale; times the weight of the head among several.
         relative_error: sqrt(sum ||y - y_ref||^2 / sum ||y_ref - mean||^2), the mean over the data for each channel.
         interval: 95 % interval of `kl` or of `relative_error`, whichever the head has; None where it has no meaning.
-        decisions: Number of decisions that were compared; 0 for a Gaussian head.
+        decisions: Number of decisions that were compared; 0 for a quantity.
         classes: Number of classes of a categorical head; 1 for others.
-        positions: Number of decisions of a sample; 1 for a Gaussian head.
+        positions: Number of decisions of a sample; 1 for a quantity.
     """
 
     name: str
@@ -141,7 +170,7 @@ class Comparison(Protocol):
     def __init__(self, spec: HeadSpec) -> None: ...
 
     def update(self, reference: np.ndarray, output: np.ndarray) -> None:
-        """Add a batch: the outputs of both models, of one shape."""
+        """Add a batch: the outputs of both models as read, of one shape."""
 
     def result(self) -> HeadQuality:
         """The comparison over all batches so far."""
@@ -253,6 +282,7 @@ _COMPARISONS: dict[str, type[Comparison]] = {
     "categorical": _Categorical,
     "bernoulli": _Bernoulli,
     "gaussian": _Gaussian,
+    "embedding": _Gaussian,
 }
 
 

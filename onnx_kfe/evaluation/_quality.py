@@ -96,7 +96,7 @@ def evaluate(
         reference: The original model, run on the same batches.
         heads: How to read the outputs; labels belong to the first categorical one. None takes every floating-point
             output that both models have: with labels the first that looks like class scores is categorical, every
-            other one is Gaussian.
+            other one is Gaussian. An embedding is compared as its mean over the positions.
         metric: Key of `METRICS` or ``package.module:function``, for how much worse the model is than the reference.
             The function takes batches of one sample.
         providers: Execution providers in order of preference; CPU when empty.
@@ -121,15 +121,16 @@ def evaluate(
     scoring = None
     if metric is not None:
         reference_session = sessions.get(_REFERENCE)
-        values = [] if reference_session is None else run(_REFERENCE, reference_session, first.feeds, names)
-        scoring = Scoring(metric, specs, reference_session, values, first.labels is not None)
+        shown = [] if reference_session is None else run(_REFERENCE, reference_session, first.feeds, names)
+        scoring = Scoring(metric, specs, reference_session, shown, first.labels is not None)
     classes = first.labels is not None and not (scoring is not None and scoring.own_labels)
     meter = _Meter(specs, labelled=classes, compared=reference is not None)
     for batch in chain([first], batches):
         outputs = {}
         for who, session in sessions.items():
             wanted = names if scoring is None else scoring.outputs(names)
-            outputs[who] = dict(zip(wanted, run(who, session, batch.feeds, wanted), strict=True))
+            values = dict(zip(wanted, run(who, session, batch.feeds, wanted), strict=True))
+            outputs[who] = {**values, **{spec.name: spec.read(values[spec.name], batch.feeds) for spec in specs}}
         if (batch.labels is None) != (first.labels is None):
             raise KfeError("some batches of the data have labels and some have none: give all or none")
         meter.update(outputs, batch.labels if classes else None)

@@ -51,6 +51,23 @@ def test_one_head_has_the_weight_one_whatever_its_size():
     assert head.scale != 1.0
 
 
+def test_an_embedding_has_as_many_decisions_as_channels():
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[N, 3, 4, 5] x) => (float[N, 12, 8] e, float[N, 6] q) {
+        s = Constant<value_ints = [0, 12, 5]>() r = Reshape(x, s) e = MatMul(r, u)
+        m = ReduceMean<axes = [1], keepdims = 0>(r) b = MatMul(m, v) q = Softmax<axis = 1>(b)
+    }"""
+    made = parser.parse_model(text)
+    arrays = {
+        "u": np.random.default_rng(1).standard_normal((5, 8)),
+        "v": np.random.default_rng(2).standard_normal((5, 6)),
+    }
+    made.graph.initializer.extend(numpy_helper.from_array(a.astype(np.float32), name) for name, a in arrays.items())
+    embedding, classes = collected(open_network(made), heads={"e": "embedding"}).heads
+    assert (embedding.weight, classes.weight) == (4.5 / 8, 4.5)
+    means = (X[:64].reshape(-1, 12, 5) @ arrays["u"]).mean(1)
+    assert embedding.scale == pytest.approx(means.std(), rel=1e-4)
+
+
 def test_elements_count_where_there_are_no_classes():
     statistics = collected(two_maps("float[N, 6, 4, 5] a, float[N, 6, 1, 1] q"), heads={"a": "bernoulli"})
     assert [head.weight for head in statistics.heads] == [60.5 / 120, 60.5]

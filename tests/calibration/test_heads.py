@@ -20,12 +20,12 @@ DRAWS = 20_000
 UNLIKELY = 1e-3  # of a test statistic, were the frequencies right; draws are seeded, so it passes always or never
 
 
-def graph(body: str, outputs: str) -> ir.Graph:
+def model(body: str, outputs: str) -> ir.Model:
     text = f"""
     <ir_version: 8, opset_import: ["" : 17]>
     agraph (float[N, 4] x) => ({outputs}) <float[4, 4] w = {{{", ".join(["1"] * 16)}}}> {{ h = MatMul(x, w) {body} }}
     """
-    return ir.from_proto(parser.parse_model(text)).graph
+    return ir.from_proto(parser.parse_model(text))
 
 
 @pytest.mark.parametrize(
@@ -42,19 +42,19 @@ def graph(body: str, outputs: str) -> ir.Graph:
     ],
 )
 def test_detection_by_the_last_activation(body: str, kind: str, source: str):
-    (head,) = detect_heads(graph(body, "float[N, 4] y"))
+    (head,) = detect_heads(model(body, "float[N, 4] y"))
     assert (head.output, head.kind, head.source) == ("y", kind, source)
 
 
 def test_outputs_that_are_no_tensors_carry_no_loss():
-    made = graph("y = Relu(h) s = SequenceConstruct(h, y)", "float[N, 4] y, seq(float[N, 4]) s")
+    made = model("y = Relu(h) s = SequenceConstruct(h, y)", "float[N, 4] y, seq(float[N, 4]) s")
     assert [head.output for head in detect_heads(made)] == ["y"]
 
 
 def test_log_probabilities_are_logits():
     random = np.random.default_rng(0)
     old, new = (scipy.special.log_softmax(random.standard_normal((9, 4)), 1).astype(np.float32) for _ in range(2))
-    (head,) = detect_heads(graph("y = LogSoftmax<axis = 1>(h)", "float[N, 4] y"))
+    (head,) = detect_heads(model("y = LogSoftmax<axis = 1>(h)", "float[N, 4] y"))
     comparison = compare(HeadSpec("y", head.kind, head.probabilities, head.axis))
     comparison.update(old, new)
     expected = scipy.special.rel_entr(np.exp(old), np.exp(new)).sum(1).mean()
@@ -62,7 +62,7 @@ def test_log_probabilities_are_logits():
 
 
 def test_the_class_axis_is_that_of_the_softmax():
-    (head,) = detect_heads(graph("y = Softmax<axis = 0>(h)", "float[N, 4] y"))
+    (head,) = detect_heads(model("y = Softmax<axis = 0>(h)", "float[N, 4] y"))
     assert head.axis == 0
 
 
@@ -78,12 +78,12 @@ def test_the_class_axis_is_that_of_the_softmax():
 )
 def test_detection_by_name_of_matrices_only(name: str, shape: str, kind: str):
     body = f"{name} = Relu(h)" if shape == "N, 4" else f"s = Constant<value_ints = [-1, 2, 2]>() {name} = Reshape(h, s)"
-    (head,) = detect_heads(graph(body, f"float[{shape}] {name}"))
+    (head,) = detect_heads(model(body, f"float[{shape}] {name}"))
     assert (head.kind, head.source) == (kind, name)
 
 
 def test_the_user_overrules_detection():
-    both = graph("p = Softmax<axis = 1>(h) boxes = Relu(h)", "float[N, 4] p, float[N, 4] boxes")
+    both = model("p = Softmax<axis = 1>(h) boxes = Relu(h)", "float[N, 4] p, float[N, 4] boxes")
     overruled = detect_heads(both, {"p": "gaussian", "boxes": "categorical"})
     assert [(head.output, head.kind, head.source) for head in overruled] == [
         ("p", "gaussian", "p"),
@@ -93,20 +93,34 @@ def test_the_user_overrules_detection():
 
 
 def test_integer_outputs_are_no_heads():
-    mixed = graph("y = Softmax<axis = 1>(h) best = ArgMax<axis = 1>(h)", "float[N, 4] y, int64[N, 1] best")
+    mixed = model("y = Softmax<axis = 1>(h) best = ArgMax<axis = 1>(h)", "float[N, 4] y, int64[N, 1] best")
     assert [head.output for head in detect_heads(mixed)] == ["y"]
+
+
+@pytest.mark.parametrize(("sizes", "shape"), [("-1, 4", "N, 4"), ("-1, 2, 1, 2", "N, 2, 1, 2")])
+def test_embeddings_are_vectors_at_positions(sizes: str, shape: str):
+    other = model(f"s = Constant<value_ints = [{sizes}]>() y = Reshape(h, s)", f"float[{shape}] y")
+    with pytest.raises(
+        UsageError, match=rf"--head y=embedding: its shape is \[{shape}\], not \[samples, positions, ch"
+    ):
+        detect_heads(other, {"y": "embedding"})
+    vectors = model("s = Constant<value_ints = [-1, 2, 2]>() y = Reshape(h, s)", "float[N, 2, 2] y")
+    (head,) = detect_heads(vectors, {"y": "embedding"})
+    assert (head.kind, head.source, head.mask, head.probabilities) == ("embedding", "y", "", False)
+    (guessed,) = detect_heads(vectors)
+    assert guessed.kind == "gaussian"
 
 
 @pytest.mark.parametrize("kinds", [{"nowhere": "gaussian"}, {"y": "poisson"}])
 def test_unknown_outputs_and_kinds_are_named(kinds: dict[str, str]):
     ((name, kind),) = kinds.items()
     with pytest.raises(UsageError, match=f"--head {name}={kind}"):
-        detect_heads(graph("y = Relu(h)", "float[N, 4] y"), kinds)
+        detect_heads(model("y = Relu(h)", "float[N, 4] y"), kinds)
 
 
 def test_without_any_head_there_is_nothing_to_differentiate():
     with pytest.raises(KfeError, match="best"):
-        detect_heads(graph("best = Cast<to = 7>(h)", "int64[N, 4] best"))
+        detect_heads(model("best = Cast<to = 7>(h)", "int64[N, 4] best"))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +132,7 @@ def test_without_any_head_there_is_nothing_to_differentiate():
     ],
 )
 def test_where_there_are_only_indices_heads_are_what_they_are_the_largest_of(body, outputs, kind, source):
-    (head,) = detect_heads(graph(body, outputs))
+    (head,) = detect_heads(model(body, outputs))
     assert (head.kind, head.source, head.axis % 2) == (kind, source, 1)
     assert head.read_by in ("ArgMax", "TopK")
 
@@ -134,16 +148,16 @@ SUPPRESSED = """
 
 
 def test_what_suppression_reads_is_the_head_and_not_what_it_picks():
-    heads = detect_heads(graph(SUPPRESSED, "float[K, 4] picked, int64[K, 3] found"))
+    heads = detect_heads(model(SUPPRESSED, "float[K, 4] picked, int64[K, 3] found"))
     assert [(head.output, head.kind, head.source, head.axis, head.read_by) for head in heads] == [
         ("boxes", "gaussian", "boxes", -1, "NonMaxSuppression"),
         ("c", "categorical", "l", 2, "NonMaxSuppression"),
     ]
     kinds = {"c": "none", "boxes": "bernoulli"}
-    (only,) = detect_heads(graph(SUPPRESSED, "float[K, 4] picked"), kinds)
+    (only,) = detect_heads(model(SUPPRESSED, "float[K, 4] picked"), kinds)
     assert (only.output, only.kind) == ("boxes", "bernoulli")
     with pytest.raises(UsageError, match="the model has picked, boxes, c"):
-        detect_heads(graph(SUPPRESSED, "float[K, 4] picked"), {"l": "gaussian"})
+        detect_heads(model(SUPPRESSED, "float[K, 4] picked"), {"l": "gaussian"})
 
 
 def test_noise_is_a_function_of_seed_and_index():

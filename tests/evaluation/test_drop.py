@@ -136,7 +136,7 @@ def test_the_metric_must_fit():
             r"--metric agreement: the model has no categorical or bernoulli output \(y gaussian\)",
         ),
         ("kl", "gaussian", "--metric kl: the model has no categorical or bernoulli output"),
-        ("relative-error", "categorical", "--metric relative-error: the model has no gaussian output"),
+        ("relative-error", "categorical", "--metric relative-error: the model has no gaussian or embedding output"),
         ("accuracy", "categorical", "--metric accuracy: the data have no labels .*what fits: agreement, kl"),
         ("top-5", "categorical", "--metric top-5: the data have no labels"),
         ("cosine", "gaussian", "--metric cosine: it was not asked for when quality was measured"),

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -100,6 +101,27 @@ def test_gaussian_of_a_constant():
     one = np.ones((3, 2), np.float32)
     assert compared(HeadSpec("y", "gaussian"), one, one).relative_error == 0
     assert compared(HeadSpec("y", "gaussian"), one, one + 1).relative_error == math.inf
+
+
+def test_an_embedding_is_read_as_the_mean_over_real_positions():
+    random = np.random.default_rng(0)
+    output, mask = random.standard_normal((4, 5, 3)).astype(np.float32), np.zeros((4, 5), np.int64)
+    for sample, length in enumerate((5, 1, 3)):  # the last sample is padding
+        mask[sample, :length] = 1
+    output[1, 4] = np.inf
+    read = HeadSpec("y", "embedding", mask="m").read(output, {"m": mask})
+    for sample, length in enumerate((5, 1, 3)):
+        np.testing.assert_allclose(read[sample], output[sample, :length].mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(read[3], np.zeros(3))
+    whole = HeadSpec("y", "embedding").read(output[2:], {})
+    np.testing.assert_allclose(whole, output[2:].mean(1), rtol=1e-5)
+    assert HeadSpec("y", "gaussian").read(output, {}) is output
+
+
+@pytest.mark.parametrize(("shape", "mask"), [((4, 5), None), ((4, 5, 3, 2), None), ((4, 6, 3), "m")])
+def test_an_embedding_has_positions(shape, mask):
+    with pytest.raises(UsageError, match=re.escape(f"head 'y' of shape {list(shape)} cannot be averaged")):
+        HeadSpec("y", "embedding", mask=mask or "").read(np.zeros(shape), {"m": np.ones((4, 5))})
 
 
 @pytest.mark.parametrize("kind", ["categorical", "bernoulli", "gaussian"])

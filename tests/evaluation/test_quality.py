@@ -55,6 +55,23 @@ def test_accuracy_without_reference_and_fidelity_without_labels():
     assert unlabelled.heads[0].kl > 0
 
 
+def test_an_embedding_is_compared_as_its_mean():
+    x = RNG.standard_normal((30, 4, 12)).astype(np.float32)
+    mask = np.arange(4) < RNG.integers(1, 5, 30)[:, None]
+    spec = HeadSpec("y", "embedding", scale=2.0, mask="m")
+    models = [linear(weight, rank=3) for weight in (NEW, OLD)]
+    means = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+    old, new = (means.astype(float) @ weight for weight in (OLD, NEW))
+    data = [Data({"x": x[i : i + 8], "m": mask[i : i + 8]}) for i in range(0, 30, 8)]
+    found = evaluate(models[0], data, reference=models[1], heads=[spec], metric="cosine")
+    (head,) = found.heads
+    errors = np.square(new - old).sum(1)
+    assert head.relative_error == pytest.approx(np.sqrt(errors.sum() / np.square(old - old.mean(0)).sum()), rel=1e-4)
+    assert head.nats == pytest.approx(errors.mean() / (2 * 2.0**2), rel=1e-4)
+    cosines = (old * new).sum(1) / np.linalg.norm(old, axis=1) / np.linalg.norm(new, axis=1)
+    assert found.score.model == pytest.approx(cosines.mean(), rel=1e-4)
+
+
 def test_model_from_a_path(tmp_path):
     path = tmp_path / "m.onnx"
     path.write_bytes(linear(NEW))

@@ -57,7 +57,7 @@ class Lesson:
         Raises:
             KfeError: The samples do not fill one batch of the size that the model takes.
         """
-        head = next((head for head in self.objective.heads if head.kind != "gaussian"), None)
+        head = next((head for head in self.objective.heads if not head.quantity), None)
         comparison = None if head is None or self.teacher is None else compare(head)
         outputs_alone = dataclasses.replace(self.objective, intermediate=())
         total, count = 0.0, 0

@@ -21,7 +21,7 @@ class Objective:
     """The loss of a batch.
 
     Attributes:
-        heads: The outputs that count; those of kind Gaussian with the teacher's standard deviation as their scale.
+        heads: The outputs that count; quantities with the teacher's standard deviation as their scale.
         temperature: By which logits are divided before they are compared.
         label_share: Share of the cross-entropy on labels, of the first categorical head; the rest is distillation.
         intermediate: Values within the models that are to be met as well, Gaussian; their mean counts as one head.
@@ -59,7 +59,8 @@ def distillation(head: HeadSpec, student: Tensor, teacher: Tensor, temperature: 
     """Divergence of one output from the teacher's (Hinton, Vinyals and Dean, 2015).
 
     Categorical: ``T^2 KL(teacher || student)`` of the softened distributions. Bernoulli: ``T^2`` times the
-    cross-entropy against the teacher's softened probability. Gaussian: half the squared error in units of the scale.
+    cross-entropy against the teacher's softened probability. Quantities: half the squared error in units of the scale,
+    of an embedding at every position.
 
     Args:
         head: What the output is.
@@ -68,7 +69,7 @@ def distillation(head: HeadSpec, student: Tensor, teacher: Tensor, temperature: 
         temperature: T.
 
     Returns:
-        The mean over samples and positions, of a Bernoulli or Gaussian head over channels as well.
+        The mean over samples and positions, of a Bernoulli head or a quantity over channels as well.
 
     Raises:
         KfeError: The shapes differ.
@@ -77,7 +78,7 @@ def distillation(head: HeadSpec, student: Tensor, teacher: Tensor, temperature: 
         shapes = f"{list(student.shape)} in the model, {list(teacher.shape)} in its teacher"
         raise KfeError(f"'{head.name}' is {shapes}: it cannot be compared")
     old, new = _rows(head, teacher), _rows(head, student)
-    if head.kind == "gaussian":
+    if head.quantity:
         return ((new - old) / (head.scale or 1.0)).square().mean() / 2
     if head.kind == "bernoulli":
         target = torch.sigmoid(_log_odds(head, old) / temperature)

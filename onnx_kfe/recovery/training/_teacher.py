@@ -49,11 +49,11 @@ def make_teacher(model: ir.Model, heads: Sequence[HeadSpec], backend: Backend, t
 
 
 def with_scales(heads: Sequence[HeadSpec], teacher: Teacher, batches: Iterable[Batch]) -> list[HeadSpec]:
-    """Give Gaussian heads the teacher's own standard deviation about the mean of each channel as their scale."""
-    if not any(head.kind == "gaussian" for head in heads):
+    """Give quantities the teacher's own standard deviation about the mean of each channel as their scale."""
+    if not any(head.quantity for head in heads):
         return list(heads)
     seen = [teacher(batch) for batch in itertools.islice(batches, _SCALED_ON)]
-    return [_scaled(head, seen) if head.kind == "gaussian" else head for head in heads]
+    return [_scaled(head, seen) if head.quantity else head for head in heads]
 
 
 def _scaled(head: HeadSpec, seen: Sequence[Mapping[str, Tensor]]) -> HeadSpec:

@@ -11,6 +11,7 @@ from scipy import special
 
 from onnx_kfe.evaluation import HeadSpec
 from onnx_kfe.recovery.training._losses import Objective, cross_entropy, distillation
+from onnx_kfe.recovery.training._teacher import with_scales
 
 RANDOM = np.random.default_rng(0)
 STUDENT, TEACHER = RANDOM.standard_normal((2, 6, 4, 3, 2)).astype(np.float32) * 2
@@ -65,6 +66,15 @@ def test_gaussian_is_in_units_of_the_scale_whatever_the_temperature() -> None:
     expected = (((STUDENT - TEACHER) / 3) ** 2).mean() / 2
     assert value(HeadSpec("y", "gaussian", scale=3.0), STUDENT, TEACHER, 2.0) == pytest.approx(expected, rel=1e-5)
     assert value(HeadSpec("y", "gaussian"), STUDENT, TEACHER) == pytest.approx(9 * expected, rel=1e-5)
+
+
+def test_an_embedding_is_met_at_every_position() -> None:
+    student, teacher = STUDENT[..., 0], TEACHER[..., 0]
+    expected = (((student - teacher) / 3) ** 2).mean() / 2
+    assert value(HeadSpec("y", "embedding", axis=-1, scale=3.0), student, teacher) == pytest.approx(expected, rel=1e-5)
+    teaches = lambda batch: {"y": torch.tensor(teacher)}  # noqa: E731
+    (scaled,) = with_scales([HeadSpec("y", "embedding", axis=-1)], teaches, [None])
+    assert scaled.scale == pytest.approx(teacher.reshape(-1, 3).var(0).mean() ** 0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
