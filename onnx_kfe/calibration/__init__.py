@@ -4,6 +4,7 @@ from onnx_kfe.calibration._batches import Batch, Batches, batches
 from onnx_kfe.calibration._collect import DEFAULT_MEMORY, collect
 from onnx_kfe.calibration._data import Dataset, DataSource, Item, open_dataset
 from onnx_kfe.calibration._eigen_moments import collect_eigen_moments
+from onnx_kfe.calibration._grid import grid_phase
 from onnx_kfe.calibration._heads import HEAD_KINDS, Head, detect_heads, emit_source, sample_noise
 from onnx_kfe.calibration._images import ImageOptions, image_preset
 from onnx_kfe.calibration._inputs import InputSpec, Sample, fixed_batch
@@ -49,6 +50,7 @@ __all__ = [
     "find_heads",
     "find_padding",
     "fixed_batch",
+    "grid_phase",
     "image_preset",
     "import_function",
     "input_specs",

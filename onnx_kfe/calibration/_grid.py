@@ -1,7 +1,7 @@
 """The grids of positions that statistics are taken at, and values on them.
 
 Positions are thinned, whole rows at a time because rows are contiguous in memory, and the rows taken change from batch
-to batch.
+to batch: few batches shall have some from everywhere, for what is near a border is unlike the rest.
 """
 
 from __future__ import annotations
@@ -15,10 +15,24 @@ import onnx_ir as ir
 from onnx_kfe.autodiff import Emitter
 from onnx_kfe.errors import KfeError
 
-__all__ = ["extent_of", "float32", "grid_positions", "grid_start", "grid_strides", "on_grid", "rows_on_grid"]
+__all__ = [
+    "PHASES",
+    "extent_of",
+    "float32",
+    "grid_phase",
+    "grid_positions",
+    "grid_start",
+    "grid_strides",
+    "on_grid",
+    "rows_on_grid",
+]
+
+PHASES = 2**20
+"""Number of the phases of a grid, each of which is a share of the stride that it starts behind."""
 
 _FEWEST = 4  # positions of a sample taken at least
 _UNKNOWN = 2**10  # positions along an axis of unknown extent, when deciding how many of them to take
+_ROOT = 1.2207440846057596  # of x^4 = x + 1
 _INT64 = ir.DataType.INT64
 _FLOAT = ir.DataType.FLOAT
 
@@ -40,6 +54,20 @@ def grid_strides(extent: Sequence[int | None], share: float) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def grid_phase(seed: int, place: int) -> np.ndarray:
+    """Three int64 that move the grid of one batch among others: terms of the low-discrepancy R_3 sequence.
+
+    Any number of batches in a row takes positions from all over the stride, each about equally often (Roberts 2018,
+    "The unreasonable effectiveness of quasirandom sequences").
+
+    Args:
+        seed: Of the first term.
+        place: Number of the batch.
+    """
+    first = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64))).random(3)
+    return np.floor((first + place * _ROOT ** -np.arange(1.0, 4.0)) % 1 * PHASES).astype(np.int64)
+
+
 def extent_of(value: ir.Value) -> list[int | None]:
     """The sizes of the axes behind the first two, None where they are free."""
     if value.shape is None:
@@ -48,14 +76,14 @@ def extent_of(value: ir.Value) -> list[int | None]:
 
 
 def grid_start(emit: Emitter, y: ir.Value, axis: int, stride: int, phase: ir.Value) -> ir.Value:
-    """First position of the grid along an axis, an int64 vector of one: the phase within the stride and the extent."""
+    """First position of the grid along an axis, an int64 vector of one: the phase's share of the stride, or extent."""
     if stride == 1:
         return emit.ints(0)
     limit = emit.op("Min", emit.ints(stride), emit.size_of(y, 2 + axis), dtype=_INT64)
     limit = emit.op("Max", limit, emit.ints(1), dtype=_INT64)  # of a batch that is padding throughout
     entry = min(max(axis, 0), 2)
     chosen = emit.op("Slice", phase, emit.ints(entry), emit.ints(entry + 1), dtype=_INT64)
-    return emit.op("Mod", chosen, limit, dtype=_INT64)
+    return emit.op("Div", emit.op("Mul", chosen, limit, dtype=_INT64), emit.ints(PHASES), dtype=_INT64)
 
 
 def grid_positions(emit: Emitter, y: ir.Value, axis: int, stride: int, phase: ir.Value) -> ir.Value:

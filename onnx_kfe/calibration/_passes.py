@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_kfe.calibration._batches import Batch, batches
 from onnx_kfe.calibration._data import Dataset
 from onnx_kfe.calibration._forward import Forward
+from onnx_kfe.calibration._grid import grid_phase
 from onnx_kfe.calibration._heads import Head, sample_noise
 from onnx_kfe.calibration._inputs import InputSpec, fixed_batch
 from onnx_kfe.calibration._instrument import PHASE_INPUT, activation_bytes, noise_input
@@ -129,9 +130,7 @@ def _noise(batch: Batch, forward: Forward, heads: list[Head], seed: int) -> dict
 
 
 def _feeds(session: Any, batch: Batch, given: Mapping[str, np.ndarray], seed: int, block: int) -> dict[str, np.ndarray]:
-    first = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64))).integers(0, 2**20, 3)
-    phase = first + block  # successive batches take successive rows, so that all are taken equally often
-    return feeds_for(session, {**batch.feeds, **given, PHASE_INPUT: phase})
+    return feeds_for(session, {**batch.feeds, **given, PHASE_INPUT: grid_phase(seed, block)})
 
 
 def _run(session: Any, names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

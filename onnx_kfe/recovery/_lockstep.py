@@ -10,7 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_kfe.autodiff import Emitter, sizes_of
-from onnx_kfe.calibration import Batch, channel_major, differentiable_copy, emit_samples, features_last, find_padding
+from onnx_kfe.calibration import (
+    Batch,
+    channel_major,
+    differentiable_copy,
+    emit_samples,
+    features_last,
+    find_padding,
+    grid_phase,
+)
 from onnx_kfe.errors import KfeError
 from onnx_kfe.graph import Layer, Network, serialize
 from onnx_kfe.planning import REMOVED
@@ -223,8 +231,8 @@ class Lockstep:
         blocks = []
         for place in range(len(self._sizes)):
             feeds = {name: self._kept.get(place, name) for name in inputs if name != _PHASE}
-            if _PHASE in inputs:  # successive batches take successive rows
-                feeds[_PHASE] = np.full(3, place, np.int64)
+            if _PHASE in inputs:
+                feeds[_PHASE] = grid_phase(0, place)
             found = session.run([*outputs, *sampled], feeds_for(session, feeds))
             for name, array in zip(outputs, found, strict=False):
                 self._kept.put(place, name, array)

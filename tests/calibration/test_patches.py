@@ -20,7 +20,7 @@ from onnx_kfe.calibration import (
     open_dataset,
 )
 from onnx_kfe.calibration._collect import _Sums
-from onnx_kfe.calibration._grid import grid_strides, rows_on_grid
+from onnx_kfe.calibration._grid import PHASES, grid_phase, grid_strides, rows_on_grid
 from onnx_kfe.calibration._instrument import PHASE_INPUT, differentiable_copy, instrument, noise_input
 from onnx_kfe.calibration._moments import _INPUT_COST, _OUTPUT_COST
 from onnx_kfe.graph import open_network, serialize
@@ -167,7 +167,7 @@ def _phases(geometry: Geometry, extent: tuple[int, ...], share: float) -> list[t
     extent = extent if geometry.kernel else extent[-1:]
     known = (None,) * len(extent) if geometry.dynamic else extent
     strides = [min(stride, n) for stride, n in zip(grid_strides(known, min(1.0, share)), extent, strict=True)]
-    return list(itertools.product(*map(range, (*strides, 1, 1)[:3])))
+    return list(itertools.product(*([-(-start * PHASES // s) for start in range(s)] for s in (*strides, 1, 1)[:3])))
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -228,6 +228,20 @@ def test_grid_strides_take_about_the_share_wanted(extent: tuple[int | None, ...]
         assert set(strides) == {1}
 
 
+@pytest.mark.parametrize("seed", [0, 5])
+def test_any_few_batches_in_a_row_take_rows_from_everywhere(seed):
+    phases = np.array([grid_phase(seed, place) for place in range(200)])
+    assert phases.min() >= 0
+    assert phases.max() < PHASES
+    for first in range(0, 190, 10):
+        places = np.sort(phases[first : first + 8], axis=0) / PHASES
+        gaps = np.diff(places, axis=0, append=places[:1] + 1)
+        assert gaps.max() < 0.4
+    for stride in (5, 64):
+        counts = np.bincount(phases[:, 0] * stride // PHASES, minlength=stride)
+        assert abs(counts - 200 / stride).max() < 3
+
+
 def test_grid_strides_of_no_axes():
     assert grid_strides((), 0.1) == ()
 
@@ -270,7 +284,9 @@ def test_the_rows_taken_of_sequences_cover_all_positions():
     model.graph.outputs.append(rows)
     given = np.arange(entries * length, dtype=np.float32).reshape(entries, length, 1)
     for start in (0, 3):
-        (taken,) = create_session(serialize(model)).run(None, {"x": given, "phase": np.full(3, start)})
+        (taken,) = create_session(serialize(model)).run(
+            None, {"x": given, "phase": np.full(3, -(-start * PHASES // stride))}
+        )
         assert len(taken) == entries * length / stride
         counts = np.bincount(taken.reshape(-1).astype(int) % length, minlength=length)
         np.testing.assert_array_equal(counts, entries / stride)

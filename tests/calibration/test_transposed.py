@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from onnx_kfe.calibration import Statistics, _moments, collect, find_heads, input_specs, open_dataset, sample_noise
 from onnx_kfe.calibration._collect import _Sums
-from onnx_kfe.calibration._grid import grid_strides
+from onnx_kfe.calibration._grid import PHASES, grid_strides
 from onnx_kfe.calibration._instrument import PHASE_INPUT, differentiable_copy, instrument, noise_input
 from onnx_kfe.calibration._moments import _INPUT_COST, _OUTPUT_COST
 from onnx_kfe.graph import Network, open_network, serialize
@@ -217,7 +217,7 @@ def test_all_phases_of_the_grid_together_are_all_positions(name: str):
         """Over all phases of a grid, each as much as it saw."""
         total, grid = np.zeros(()), grid_strides(case.size, min(1.0, share))
         assert math.prod(grid) > 1 or share >= 1
-        for phase in itertools.product(*map(range, (*grid, 1, 1)[:3])):
+        for phase in itertools.product(*([-(-start * PHASES // s) for start in range(s)] for s in (*grid, 1, 1)[:3])):
             given = {**feeds, PHASE_INPUT: np.array(phase, np.int64)}
             values = session.run(probe.outputs, {key: value for key, value in given.items() if key in wanted})
             results, sums = dict(zip(probe.outputs, values, strict=True)), _Sums(probe)
