@@ -1,7 +1,7 @@
 """The grids of positions that statistics are taken at, and values on them.
 
-Positions are thinned, whole rows at a time because rows are contiguous in memory, and the rows taken change from batch
-to batch: few batches shall have some from everywhere, for what is near a border is unlike the rest.
+Positions are thinned alike along all axes, for neighbours have much in common, and the grid moves from batch to batch:
+few of them shall have positions from everywhere, for what is near a border is unlike the rest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FLOAT = ir.DataType.FLOAT
 
 
 def grid_strides(extent: Sequence[int | None], share: float) -> tuple[int, ...]:
-    """Strides of a grid that takes about `share` of the positions: along the first axis as far as it goes, then on.
+    """Strides of a grid that takes about `share` of the positions, alike along all axes as far as they go.
 
     Args:
         extent: Positions along each axis; None where unknown.
@@ -46,10 +46,11 @@ def grid_strides(extent: Sequence[int | None], share: float) -> tuple[int, ...]:
     """
     sizes = [_UNKNOWN if size is None else size for size in extent]
     share = max(share, min(1.0, _FEWEST / math.prod(sizes)))
-    strides = []
-    for size in sizes:
-        stride = min(size, max(1, round(1 / share)))
-        strides.append(stride)
+    strides = [1] * len(sizes)
+    shortest_first = sorted(range(len(sizes)), key=lambda axis: sizes[axis])
+    for done, axis in enumerate(shortest_first):
+        size, left = sizes[axis], len(sizes) - done
+        strides[axis] = stride = min(size, max(1, round(share ** (-1 / left))))
         share = min(1.0, share * size / -(-size // stride))
     return tuple(strides)
 
