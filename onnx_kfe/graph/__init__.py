@@ -1,5 +1,6 @@
 """The model as a graph: loading and saving, normalising, shapes and layers."""
 
+from onnx_kfe.graph._affine import clip_bounds
 from onnx_kfe.graph._branches import Branch, Junction, find_branches, find_junction, only_feeding
 from onnx_kfe.graph._embeddings import find_embeddings
 from onnx_kfe.graph._io import (
@@ -51,6 +52,7 @@ __all__ = [
     "Product",
     "Products",
     "check_output",
+    "clip_bounds",
     "computed_values",
     "concrete_shapes",
     "count_macs",

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnx_kfe.errors import KfeError
+from onnx_kfe.graph._affine import AffinePass, HardSigmoidPass
 from onnx_kfe.graph._bodies import bodies, seal, unseal
 from onnx_kfe.graph._products import ProductPass
 from onnx_kfe.graph._serialize import in_one_message
@@ -71,7 +72,8 @@ def normalize(model: ir.Model) -> ir.Model:
     _name_nodes(simplified.graph)
     _restore_interface(simplified, model)
     infer_shapes(simplified)
-    if ProductPass()(simplified).modified:
+    if ir.passes.Sequential(ProductPass(), HardSigmoidPass(), AffinePass())(simplified).modified:
+        common.RemoveUnusedNodesPass()(simplified)
         infer_shapes(simplified)
     return simplified
 

@@ -20,7 +20,7 @@ from onnx_kfe.calibration import (
     grid_phase,
 )
 from onnx_kfe.errors import KfeError
-from onnx_kfe.graph import Layer, Network, serialize
+from onnx_kfe.graph import Layer, Network, clip_bounds, serialize
 from onnx_kfe.planning import REMOVED
 from onnx_kfe.recovery._activations import Activations
 from onnx_kfe.recovery._samples import Activation, Block, Samples
@@ -295,12 +295,5 @@ def _activation_of(value: ir.Value) -> Activation:
         return Activation(0.0)
     if node.op_type != "Clip" or node.domain:
         return Activation()
-    bounds = [-np.inf, np.inf]
-    for place, bound in enumerate(node.inputs[1:3]):
-        if bound is None:
-            continue
-        constant = ir.convenience.get_const_tensor(bound)
-        if constant is None:
-            return Activation()
-        bounds[place] = constant.numpy().item()
-    return Activation(*bounds)
+    bounds = clip_bounds(node)
+    return Activation() if bounds is None else Activation(*bounds)
