@@ -186,8 +186,9 @@ def meet(
     low = planner.least(Latency(1), *others) / original.nanoseconds
     tried: dict[Lap, Plan] = {}
     known: dict[tuple[object, ...], Lap] = {}
-    aims: dict[float, float] = {dense.nanoseconds / original.nanoseconds: dense.nanoseconds / original.nanoseconds}
-    aim = max(goal, low)
+    start = dense.nanoseconds / original.nanoseconds
+    aims = {start: start}
+    aim = max(min(goal, start), low)
     for _ in range(2 * _MOST_LAPS):  # some of which may lead to the same plan
         plan = planner.plan(*others, Milliseconds(1e-6 * (aim * original.nanoseconds + 1)))
         key = (*plan.changed.items(), *plan.channels.items())
@@ -199,7 +200,8 @@ def meet(
                 f"{lap.predicted:.1%}; predicted loss {lap.predicted_loss:.2g}"
             )
         aims[aim] = known[key].measured
-        if -_SLACK <= aims[aim] / goal - 1 <= _AIM or not plan.changes or len(tried) == _MOST_LAPS:
+        slow = aims[aim] / goal - 1
+        if -_SLACK <= slow <= _AIM or (slow < 0 and not plan.changes) or len(tried) == _MOST_LAPS:
             break
         aim = max(_next_aim(aims, goal), low)
         if min(abs(aim - other) for other in aims) < _SAME_AIM:
@@ -222,7 +224,9 @@ def _next_aim(aims: Mapping[float, float], goal: float) -> float:
     if slower is None:
         return goal
     if faster is None:  # below all that was tried: in proportion to the latest
-        (start, first), *_, (aim, measured) = aims.items()
+        (start, first), (aim, measured) = next(iter(aims.items())), list(aims.items())[-1]
+        if len(aims) == 1 or measured > first:  # what is predicted is not what is measured
+            return aim * goal / measured
         return aim - (measured - goal) * (start - aim) / max(first - measured, _LEAST_STEP)
     share = (goal - aims[faster]) / (aims[slower] - aims[faster])
     return faster + min(max(share, _LEAST_STEP), 1 - _LEAST_STEP) * (slower - faster)

@@ -209,6 +209,13 @@ def test_a_goal_that_needs_nothing(network, planner):
     assert plan.predicted_loss == 0
 
 
+def test_a_model_that_is_slower_than_predicted_as_it_is_gets_smaller(network, planner):
+    plan, laps, _ = met(network, planner, Known(planner, lambda predicted: 1.1 * predicted), Latency(0.9999))
+    assert plan.changed
+    assert laps[0].measured > 1
+    assert 0.9 < laps[-1].measured <= 1.01
+
+
 # What cannot be
 
 
@@ -305,6 +312,7 @@ def test_the_next_aim_lies_between_what_was_measured_around_the_goal():
     assert goals._next_aim({1.0: 1.0, 0.8: 0.9, 0.6: 0.7}, 0.8) == pytest.approx(0.7), "half way between"
     assert goals._next_aim({1.0: 1.0, 0.8: 0.9, 0.6: 0.7}, 0.705) == pytest.approx(0.62), "away from what is known"
     assert goals._next_aim({0.7: 0.7}, 0.8) == 0.8, "nothing slower is known"
+    assert goals._next_aim({0.6: 0.75}, 0.7) == pytest.approx(0.56), "the model as it is was slower than predicted"
     assert goals._next_aim({1.0: 1.0, 0.8: 1.0}, 0.9) < 0.7, "no gain so far: further down"
 
 
