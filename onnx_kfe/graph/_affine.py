@@ -48,7 +48,7 @@ class HardSigmoidPass(InPlacePass):
         """Rewrite the nodes of the main graph."""
         if model.graph.opset_imports.get("", 1) < _OLDEST_OPSET:
             return PassResult(model, modified=False)
-        found = [node for node in model.graph if node.op_type == "Clip" and node.domain == "" and _gate(node)]
+        found = [node for node in list(model.graph) if node.op_type == "Clip" and node.domain == "" and _gate(node)]
         return PassResult(model, modified=bool(found))
 
 
@@ -264,9 +264,12 @@ def _constant(like: ir.Value, array: Array, name: str) -> ir.Value:
 
 
 def _only_user(value: ir.Value) -> ir.Node | None:
-    """The node that alone reads a value, once, or twice by itself."""
+    """The node of the same graph that alone reads a value, once, or twice by itself."""
     users = {use.node for use in value.uses()}
-    return next(iter(users)) if len(users) == 1 and not value.is_graph_output() else None
+    if len(users) != 1 or value.is_graph_output():
+        return None
+    (user,), producer = users, value.producer()
+    return user if producer is not None and user.graph is producer.graph else None
 
 
 def _bypass(node: ir.Node, value: ir.Value) -> None:

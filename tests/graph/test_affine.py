@@ -138,6 +138,22 @@ def test_a_constant_that_makes_more_channels_or_axes_stays():
         np.testing.assert_allclose(run(found, x)["y"], run(grown, x)["y"], atol=1e-5)
 
 
+def test_what_bodies_read_stays():
+    inside = [node("Mul", ["c", "half"], ["d"]), node("Add", ["d", "two"], ["t"])]
+    result = onnx.helper.make_tensor_value_info("t", onnx.TensorProto.FLOAT, ["n", 6, "h", "v"])
+    branches = {
+        key: onnx.helper.make_graph(nodes, key, [], [result])
+        for key, nodes in (("then_branch", inside), ("else_branch", [convolution(POINTWISE, "x", "t")]))
+    }
+    nodes = [
+        convolution(PADDED, "x", "c"), node("ReduceMax", ["x"], ["m"], keepdims=0), node("Cast", ["m"], ["k"], to=9),
+        node("If", ["k"], ["y"], **branches),
+    ]  # fmt: skip
+    constants = {name: CONSTANTS[name] for name in ("w3", "w1", "half", "two")}
+    proto = tiny(nodes, {"x": ["n", 6, 7, 5]}, {"y": ["n", 6, "h", "v"]}, constants)
+    check(proto, ["Conv", "ReduceMax", "Cast", "If"])
+
+
 def gate(product: tuple[str, str] | None, scale: onnx.NodeProto, clip: onnx.NodeProto) -> list[onnx.NodeProto]:
     return [node("Add", ["x", "three"], ["a"]), clip, *([node("Mul", product, ["m"])] if product else []), scale]
 
