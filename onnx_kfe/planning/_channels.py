@@ -170,9 +170,12 @@ class ChannelPlanner(ThresholdPlanner):
         total = np.zeros(group.size)
         for member in group.members:
             geometry = self._layers[member.layer].geometry
-            own = member.units >= 0
-            share = 0.0 if geometry is None else kind(1).of(dense_cost(geometry)) / len(own)
-            total += share * np.bincount(member.units[own], minlength=group.size)
+            if geometry is None:
+                continue
+            cost, own = dense_cost(geometry), member.units >= 0
+            if member.layer not in self._owners:  # whose weight is another's, too
+                cost = Cost(cost.macs, 0)
+            total += kind(1).of(cost) / len(own) * np.bincount(member.units[own], minlength=group.size)
         return np.maximum(total, 1.0)
 
     def _unseen(self, group: ChannelGroup) -> str:
