@@ -81,14 +81,14 @@ def measured(subject: Subject, count: int) -> dict[str, Any]:
     score = None if subject.score is None else subject.score(count)
     before = None if score is None else score(serialize(network.original))
     result = kfe.prune(network, samples, max_drop=MAX_DROP, max_samples=None, threads=1)
-    report = result.report
+    report, layers = result.report, result.network.layers  # at the shapes of the samples
     changed = [name for name, layer in report["layers"].items() if layer["form"] != "dense"]
     return {
         "before": before, "after": None if score is None else score(serialize(result.ir_model)),
         "metric": report["floor"]["metric"], "drop": report["floor"]["chosen"]["drop"],
         **{cost: report[cost]["after"] / report[cost]["before"] for cost in ("macs", "parameters")},
-        "speed": result.timings[1].speedup, "changed": len(changed), "layers": len(network.layers),
-        "left": {layer.name: layer.reason for layer in network.layers if layer.reason} | report["skipped"],
+        "speed": result.timings[1].speedup, "changed": len(changed), "layers": len(layers),
+        "left": {layer.name: layer.reason for layer in layers if layer.reason} | report["skipped"],
     }  # fmt: skip
 
 
