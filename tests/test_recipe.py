@@ -70,7 +70,7 @@ def statistics() -> kfe.Statistics:
 def test_channels_go_first_and_forms_do_the_rest(statistics, method) -> None:
     network = open_network(classifier())
     plan = kfe.plan(network, statistics, Macs(0.4), channels=0.7, method=method, round_to=2, threads=1)
-    alone = kfe.plan(network, statistics, Macs(0.7), method=method or "kron-obs", round_to=2, threads=1)
+    alone = kfe.plan(network, statistics, Macs(0.7), method=method or "channels", round_to=2, threads=1)
     assert (plan.channels, plan.compensates) == (alone.channels, method is None)
     assert plan.channels
     assert plan.changed
