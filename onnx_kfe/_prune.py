@@ -266,11 +266,6 @@ class Pruning:
         measured_on = ("held-back samples" if held_back else "given samples") if result.proven else "synthetic inputs"
         result.measured_on = f"{result.quality.samples} {measured_on}"
         result.timings = measure_latency(self.network, result.ir_model, sample, self.machine, self.progress)
-        if result.timings[-1].speedup_iqr[1] < 1:
-            self.progress.note(
-                "the smaller model is slower than the original here: plan for speed, with a budget of latency "
-                "(--latency) or a floor under it (--max-drop with --minimize latency)"
-            )
         result.skipped_samples = sample.skipped
         note_skipped(sample, self.progress)
 

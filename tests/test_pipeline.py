@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ import pytest
 from PIL import Image
 
 import onnx_kfe as kfe
-from onnx_kfe import _prune
 from onnx_kfe.progress import Progress
 from tests.networks import CLASSES, classifier, samples
 from tests.tiny import node, run, tiny, weights
@@ -477,17 +475,3 @@ def test_measured_beside_predicted_loss(statistics: kfe.Statistics) -> None:
     assert result.report["measured_loss"] == result.quality.heads[0].kl
     assert result.loss_ratio == pytest.approx(result.quality.heads[0].kl / result.predicted_loss)  # type: ignore[operator]
     assert kfe.prune(classifier()).loss_ratio is None
-
-
-@pytest.mark.parametrize(("quartiles", "said"), [((0.7, 0.9), True), ((0.7, 1.1), False), ((1.2, 1.3), False)])
-def test_a_model_that_came_out_slower_is_spoken_of(quartiles, said, monkeypatch):
-    measured = _prune.measure_latency
-
-    def slowed(*arguments):
-        *others, last = measured(*arguments)
-        return [*others, dataclasses.replace(last, speedup_iqr=quartiles)]
-
-    monkeypatch.setattr(_prune, "measure_latency", slowed)
-    shown = Recorded()
-    kfe.prune(classifier(), {"x": samples(20)}, kfe.Macs(0.7), progress=shown)
-    assert any("slower than the original" in note for note in shown.notes) == said
